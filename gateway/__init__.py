@@ -1,0 +1,1 @@
+"""The gateway: conversations, media, and the order of the two stages."""

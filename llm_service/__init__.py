@@ -1,0 +1,1 @@
+"""The LLM service: text and visual embeddings in, an answer out."""

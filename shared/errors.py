@@ -1,0 +1,217 @@
+"""Everything that can go wrong in a way a caller should know about.
+
+ServiceError
+|-- InvalidRequest                 INVALID_ARGUMENT
+|   |-- EmptyMessage
+|   |-- InvalidGenerationConfig
+|   |-- PromptTooLong
+|   |-- MediaUnreadable
+|   |-- MediaTooLarge
+|   `-- MediaDigestMismatch
+|-- NotFound                       NOT_FOUND
+|   |-- ConversationNotFound
+|   |-- MediaNotFound
+|   `-- EmbeddingNotFound
+|-- ConversationBusy               ABORTED
+|-- EmbeddingIncompatible          FAILED_PRECONDITION
+|-- QueueFull                      RESOURCE_EXHAUSTED
+|-- Unavailable                    UNAVAILABLE
+|   |-- NotReady
+|   |-- VisionUnavailable
+|   |-- LlmUnavailable
+|   `-- StoreUnavailable
+|-- DeadlineExceeded               DEADLINE_EXCEEDED
+`-- InternalError                  INTERNAL
+
+CheckpointError is apart: it stops a service at start and never reaches a client.
+Messages are ours and fit to be shown to a client: no library's words, no paths, no content.
+"""
+
+from enum import Enum
+from typing import ClassVar
+
+
+class Code(Enum):
+    """The canonical status of an error; `shared.rpc.status` turns it into gRPC's."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    ABORTED = "ABORTED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAVAILABLE = "UNAVAILABLE"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    INTERNAL = "INTERNAL"
+
+
+class ServiceError(Exception):
+    """An error with a status code, a reason for programs and a message for people.
+
+    `field` names the request field at fault, `resource` the thing that is missing, `retry_after_s` when to try again;
+    at most one of them is set.
+    """
+
+    code: ClassVar[Code]
+    reason: ClassVar[str]
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        resource: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.resource = resource
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(ServiceError):
+    """A field has a value that is not allowed."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "INVALID_REQUEST"
+
+
+class EmptyMessage(InvalidRequest):
+    """The message to answer has neither text nor media."""
+
+    reason = "EMPTY_MESSAGE"
+
+
+class InvalidGenerationConfig(InvalidRequest):
+    """A decoding parameter is out of range, not a number, or too long."""
+
+    reason = "INVALID_GENERATION_CONFIG"
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and requested output do not fit into the model's context."""
+
+    reason = "PROMPT_TOO_LONG"
+
+
+class MediaUnreadable(InvalidRequest):
+    """The bytes are no picture of an accepted format, or are cut short or damaged."""
+
+    reason = "MEDIA_UNREADABLE"
+
+
+class MediaTooLarge(InvalidRequest):
+    """The medium has more bytes, pixels or tiles than are accepted."""
+
+    reason = "MEDIA_TOO_LARGE"
+
+
+class MediaDigestMismatch(InvalidRequest):
+    """The bytes do not have the digest that was announced."""
+
+    reason = "MEDIA_DIGEST_MISMATCH"
+
+
+class NotFound(ServiceError):
+    """Something that was named does not exist."""
+
+    code = Code.NOT_FOUND
+
+
+class ConversationNotFound(NotFound):
+    """There is no such conversation, or it has expired."""
+
+    reason = "CONVERSATION_NOT_FOUND"
+
+
+class MediaNotFound(NotFound):
+    """The bytes of a digest are not held; they have to be uploaded."""
+
+    reason = "MEDIA_NOT_FOUND"
+
+
+class EmbeddingNotFound(NotFound):
+    """An embedding has left every cache; the medium has to be encoded again."""
+
+    reason = "EMBEDDING_NOT_FOUND"
+
+
+class ConversationBusy(ServiceError):
+    """Another turn of the conversation is running."""
+
+    code = Code.ABORTED
+    reason = "CONVERSATION_BUSY"
+
+
+class EmbeddingIncompatible(ServiceError):
+    """An embedding was made for another model."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "EMBEDDING_INCOMPATIBLE"
+
+
+class QueueFull(ServiceError):
+    """A queue has no room; `retry_after_s` says when to try again."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+
+class Unavailable(ServiceError):
+    """Something that is needed cannot be reached."""
+
+    code = Code.UNAVAILABLE
+
+
+class NotReady(Unavailable):
+    """The service is starting or shutting down."""
+
+    reason = "NOT_READY"
+
+
+class VisionUnavailable(Unavailable):
+    """No vision replica can be reached."""
+
+    reason = "VISION_UNAVAILABLE"
+
+
+class LlmUnavailable(Unavailable):
+    """No LLM replica can be reached, or the one that served the call was lost."""
+
+    reason = "LLM_UNAVAILABLE"
+
+
+class StoreUnavailable(Unavailable):
+    """The store that keeps conversations or media cannot be reached."""
+
+    reason = "STORE_UNAVAILABLE"
+
+
+class DeadlineExceeded(ServiceError):
+    """The time that the caller allowed has passed."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class InternalError(ServiceError):
+    """A fault of ours."""
+
+    code = Code.INTERNAL
+    reason = "INTERNAL"
+
+
+class CheckpointError(Exception):
+    """A checkpoint directory cannot be served; the message names the file, tensor or setting."""
+
+
+def reasons() -> dict[str, type[ServiceError]]:
+    """Return every error class that is raised, by its reason."""
+    found: dict[str, type[ServiceError]] = {}
+    pending = [ServiceError]
+    while pending:
+        for error in pending.pop().__subclasses__():
+            pending.append(error)
+            if "reason" in vars(error):
+                found[error.reason] = error
+    return found

@@ -1,0 +1,221 @@
+"""The embedding store (Redis), its circuit breaker, and the memory cache in front of it. None fails a request."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar, cast
+
+import structlog
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from shared.embedding import Embedding, EmbeddingFormat, EmbeddingInfo
+from shared.settings import EmbeddingStoreSettings
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+class EmbeddingStore(Protocol):
+    """Keeps embeddings by digest until they expire or are evicted. Safe to share between tasks. Never raises."""
+
+    async def describe(self, digest: str) -> EmbeddingInfo | None:
+        """Return what is stored under `digest` if all of it is there, without reading it; None is a miss."""
+
+    async def get(self, digest: str) -> Embedding | None:
+        """Return the embedding; None is a miss. What does not verify is deleted and is a miss."""
+
+    async def put(self, embedding: Embedding) -> bool:
+        """Store the embedding; return whether that worked."""
+
+    async def delete(self, digest: str) -> None:
+        """Forget the embedding."""
+
+
+class LocalEmbeddingCache:
+    """Embeddings in this process's memory, least recently used first out, bounded in bytes. One thread only."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[str, Embedding] = OrderedDict()
+        self.size_bytes = 0
+
+    def get(self, digest: str) -> Embedding | None:
+        """Return the embedding and mark it as just used; None is a miss."""
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+        return self._entries.get(digest)
+
+    def put(self, embedding: Embedding) -> None:
+        """Keep the embedding, dropping the least recently used ones to stay within the bound."""
+        self.delete(embedding.digest)
+        if embedding.info.size_bytes > self._max_bytes:
+            return
+        self._entries[embedding.digest] = embedding
+        self.size_bytes += embedding.info.size_bytes
+        while self.size_bytes > self._max_bytes:
+            self.delete(next(iter(self._entries)))
+
+    def delete(self, digest: str) -> None:
+        """Forget the embedding, if it is there."""
+        if entry := self._entries.pop(digest, None):
+            self.size_bytes -= entry.info.size_bytes
+
+
+class CircuitBreaker:
+    """Stops calling what keeps failing: open after `threshold` failures in a row, then one probe per `pause_s`."""
+
+    def __init__(self, threshold: int = 3, pause_s: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._threshold = threshold
+        self._pause_s = pause_s
+        self._clock = clock
+        self._failures = 0
+        self._next_probe = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are being refused."""
+        return self._failures >= self._threshold
+
+    def allow(self) -> bool:
+        """Return whether a call may be made now; while open, the call that gets True is the probe."""
+        if not self.is_open:
+            return True
+        now = self._clock()
+        if now < self._next_probe:
+            return False
+        self._next_probe = now + self._pause_s
+        return True
+
+    def record(self, *, success: bool) -> None:
+        """Note how a call ended."""
+        if success:
+            self._failures = 0
+        else:
+            self._failures += 1
+            self._next_probe = self._clock() + self._pause_s
+
+
+class RedisEmbeddingStore:
+    """Embeddings in Redis, one value per group of rows; see `shared.embedding` for the values."""
+
+    def __init__(self, redis: Redis, value_format: EmbeddingFormat, ttl_s: int, breaker: CircuitBreaker) -> None:
+        self._redis = redis
+        self._format = value_format
+        self._ttl_s = ttl_s
+        self._breaker = breaker
+
+    async def describe(self, digest: str) -> EmbeddingInfo | None:
+        """Return what is stored under `digest` if all of it is there; None is a miss."""
+        info = await self._manifest(digest)
+        if info is None:
+            return None
+        present = await self._attempt(self._redis.exists(*_group_keys(digest, info)))
+        return info if present == info.group_count else None
+
+    async def get(self, digest: str) -> Embedding | None:
+        """Return the embedding; None is a miss. What does not verify is deleted."""
+        info = await self._manifest(digest)
+        if info is None:
+            return None
+        values = await self._attempt(self._redis.mget(_group_keys(digest, info)))
+        if values is None or None in values:
+            return None
+        embedding = self._format.unpack(digest, info, cast(list[bytes], values))
+        if embedding is None:
+            log.warning("stored_embedding_rejected", digest=digest)
+            await self.delete(digest)
+        return embedding
+
+    async def put(self, embedding: Embedding) -> bool:
+        """Store the groups, then the manifest, so that a manifest never precedes what it lists."""
+        manifest, groups = self._format.pack(embedding)
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for key, value in zip(_group_keys(embedding.digest, embedding.info), groups, strict=True):
+                pipeline.set(key, value, ex=self._ttl_s)
+            pipeline.set(_key(embedding.digest), manifest, ex=self._ttl_s)
+            return await self._attempt(pipeline.execute()) is not None
+
+    async def delete(self, digest: str) -> None:
+        """Forget the manifest; groups without one expire."""
+        await self._attempt(self._redis.delete(_key(digest)))
+
+    async def _manifest(self, digest: str) -> EmbeddingInfo | None:
+        value = await self._attempt(self._redis.get(_key(digest)))
+        if value is None:
+            return None
+        info = self._format.unpack_manifest(digest, cast(bytes, value))
+        if info is None:
+            log.warning("stored_embedding_rejected", digest=digest)
+            await self.delete(digest)
+        return info
+
+    async def _attempt(self, call: Awaitable[T]) -> T | None:
+        """Await a Redis call; None when it fails or the breaker is open."""
+        if not self._breaker.allow():
+            _discard(call)
+            return None
+        try:
+            answer = await call
+        except (RedisError, OSError, TimeoutError) as error:
+            self._breaker.record(success=False)
+            log.warning("embedding_store_failed", error=type(error).__name__, breaker_open=self._breaker.is_open)
+            return None
+        self._breaker.record(success=True)
+        return answer
+
+
+class NoEmbeddingStore:
+    """The store of a service that runs without one: always a miss."""
+
+    async def describe(self, digest: str) -> EmbeddingInfo | None:
+        """Miss."""
+        return None
+
+    async def get(self, digest: str) -> Embedding | None:
+        """Miss."""
+        return None
+
+    async def put(self, embedding: Embedding) -> bool:
+        """Keep nothing."""
+        return False
+
+    async def delete(self, digest: str) -> None:
+        """Nothing to forget."""
+
+
+def connect_redis(url: str, timeout_s: float, max_connections: int = 32) -> Redis:
+    """Return a client that waits at most `timeout_s` for an answer and never retries by itself; close with `aclose`."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=max_connections,
+        timeout=timeout_s,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return Redis.from_pool(pool)
+
+
+def open_embedding_store(redis: Redis | None, settings: EmbeddingStoreSettings) -> EmbeddingStore:
+    """Return the store that the settings describe over `redis`; None is a service without one."""
+    if redis is None:
+        return NoEmbeddingStore()
+    value_format = EmbeddingFormat(settings.embedding_key.get_secret_value())
+    return RedisEmbeddingStore(redis, value_format, settings.embedding_ttl_s, CircuitBreaker())
+
+
+def _key(digest: str) -> str:
+    return f"ivl:embedding:{digest}"
+
+
+def _group_keys(digest: str, info: EmbeddingInfo) -> list[str]:
+    return [f"{_key(digest)}:{index}" for index in range(info.group_count)]
+
+
+def _discard(call: Awaitable[object]) -> None:
+    close = getattr(call, "close", None)
+    if close is not None:
+        close()  # a coroutine that is never awaited would warn

@@ -1,0 +1,53 @@
+"""Raw embedding bytes to torch tensors and back. torch is imported where it is used, so the gateway never needs it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared.embedding import DataType, Embedding
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tensor_of(embedding: Embedding) -> torch.Tensor:
+    """Return the embedding as a tensor [tokens, hidden] that shares its memory; it must not be written to."""
+    import torch
+
+    data_type = getattr(torch, embedding.info.data_type)
+    flat = torch.frombuffer(embedding.payload, dtype=data_type)
+    return flat.view(embedding.info.token_count, embedding.info.hidden_size)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """Return the raw row-major bytes of a tensor."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def data_type_of(tensor: torch.Tensor) -> DataType:
+    """Return the name of the tensor's element type."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    assert name in ("float32", "float16", "bfloat16")
+    return name  # type: ignore[return-value]  # narrowed by the assertion, which mypy cannot follow
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device of a setting; `auto` is the first GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype of a setting; `auto` is float32 on a CPU and bfloat16 elsewhere."""
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

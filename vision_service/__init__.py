@@ -1,0 +1,1 @@
+"""The vision service: pictures in, visual embeddings out."""
