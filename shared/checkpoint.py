@@ -49,7 +49,7 @@ class InternVLConfig:
 
 def read_config(directory: Path) -> InternVLConfig:
     """Return the configuration of a checkpoint directory, or raise `CheckpointError` naming what is wrong."""
-    raw = _read_json(directory / "config.json")
+    raw = read_json(directory / "config.json")
     try:
         vision, llm = raw["vision_config"], raw["llm_config"]
         # A null template or system message means "the usual one", as in the released code.
@@ -125,7 +125,7 @@ class Checkpoint:
 
 def _shards(directory: Path) -> list[Path]:
     if (directory / INDEX_FILE).is_file():
-        weight_map = _read_json(directory / INDEX_FILE).get("weight_map", {})
+        weight_map = read_json(directory / INDEX_FILE).get("weight_map", {})
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
         files = [directory / SINGLE_FILE]
@@ -155,7 +155,8 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a checkpoint, or raise `CheckpointError` naming the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

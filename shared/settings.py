@@ -12,10 +12,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+# On both classes, because mixing them lets the last one's values win, pydantic-settings' own defaults included.
+_CONFIG = SettingsConfigDict(frozen=True, extra="forbid", cli_kebab_case=True, cli_implicit_flags=True)
+
+
 class ServiceSettings(BaseSettings):
     """Where a service listens, how it logs, how it stops. Frozen; read once at start."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", cli_kebab_case=True, cli_implicit_flags=True)
+    model_config = _CONFIG
 
     listen: str = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
     advertise: str = Field("", description="host:port that others reach this replica under; empty: as bound")
@@ -45,6 +49,8 @@ class ServiceSettings(BaseSettings):
 
 class EmbeddingStoreSettings(BaseSettings):
     """Where embeddings are kept. Mixed into the settings of the vision and the LLM service."""
+
+    model_config = _CONFIG
 
     redis_url: str = Field("", description="redis:// URL of the embedding store; empty: none")
     redis_timeout_s: float = Field(0.25, gt=0, description="longest wait for one answer of the embedding store")

@@ -19,11 +19,11 @@ def tensor_of(embedding: Embedding) -> torch.Tensor:
     return flat.view(embedding.info.token_count, embedding.info.hidden_size)
 
 
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """Return the raw row-major bytes of a tensor."""
+def bytes_of(tensor: torch.Tensor) -> bytearray:
+    """Return the raw row-major bytes of a tensor; a buffer that may be written to, as `tensor_of` likes it."""
     import torch
 
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return bytearray(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def data_type_of(tensor: torch.Tensor) -> DataType:

@@ -1,0 +1,153 @@
+"""Puts the LLM service together: opens what has to be closed, loads the model, warms up."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
+import torch
+
+from internvl_serving.llm.v1 import llm_service_pb2, llm_service_pb2_grpc
+from llm_service.answerer import Answerer, LanguageModelFacts
+from llm_service.clients import VisionReplicas
+from llm_service.embeddings import EmbeddingReader
+from llm_service.engine.block_manager import BlockManager
+from llm_service.engine.engine import EngineLimits, PagedEngine
+from llm_service.engine.model_runner import ModelRunner
+from llm_service.engine.sequence import EngineRequest, SamplingParams
+from llm_service.model.attention import KVCache
+from llm_service.model.decoder import Decoder
+from llm_service.model.loader import LoadSettings, load_decoder
+from llm_service.prompt.splice import PromptTokens
+from llm_service.prompt.template import TEMPLATES, Template
+from llm_service.prompt.tokenizer import Tokenizer, load_tokenizer
+from llm_service.servicer import LlmServicer
+from llm_service.settings import LlmSettings
+from shared.checkpoint import InternVLConfig, read_config, read_json
+from shared.errors import CheckpointError
+from shared.rpc.server import Application
+from shared.store import LocalEmbeddingCache, connect_redis, open_embedding_store
+from shared.tensors import resolve_device, resolve_dtype
+
+log = structlog.get_logger()
+_CPU_KV_CACHE_BYTES = 1 << 30
+_GPU_KV_CACHE_FRACTION = 0.85
+_SERVICE = llm_service_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name
+
+
+@asynccontextmanager
+async def lifespan(settings: LlmSettings, address: str) -> AsyncIterator[Application]:
+    """Yield the service; the model is loaded by its warm-up. Everything that was opened is closed at the end."""
+    async with AsyncExitStack() as stack:
+        reader = await _open_reader(settings, stack)
+        servicer = LlmServicer(settings.default_output_tokens)
+
+        async def warm_up() -> None:
+            model = await asyncio.to_thread(LoadedModel, settings)
+            engine = model.engine()
+            engine.start()
+            stack.callback(engine.stop)
+            async for _ in engine.generate(_WARM_UP):
+                pass
+            servicer.answerer = Answerer(model.facts(), model.template, model.tokenizer, reader, engine)
+
+        yield Application(
+            lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server), [_SERVICE], warm_up
+        )
+
+
+class LoadedModel:
+    """A checkpoint's language side: decoder, template, tokenizer. Loading blocks; errors are `CheckpointError`."""
+
+    def __init__(self, settings: LlmSettings) -> None:
+        started = time.monotonic()
+        self._settings = settings
+        self.config = read_config(settings.model)
+        self.template = _template_of(self.config)
+        self.tokenizer = load_tokenizer(settings.model)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        device = resolve_device(settings.device)
+        self.decoder: Decoder = load_decoder(
+            settings.model, self.config, LoadSettings(device, resolve_dtype(settings.dtype, device))
+        )
+        log.info(
+            "model_loaded",
+            model=self.config.name,
+            parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
+            device=str(device),
+            dtype=str(self.decoder.dtype),
+            seconds=round(time.monotonic() - started, 2),
+        )
+
+    def engine(self) -> PagedEngine:
+        """Return an engine with a KV cache of its own, not yet started."""
+        settings = self._settings
+        limits = EngineLimits(
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences),
+            max_tokens=settings.max_context_tokens or self.decoder.config.rope.max_positions,
+            max_open=settings.max_open_requests,
+        )
+        return PagedEngine(*self.runner(), limits)
+
+    def runner(self) -> tuple[ModelRunner, BlockManager]:
+        """Return a runner with a KV cache of its own, and the manager of the cache's blocks."""
+        settings, decoder = self._settings, self.decoder
+        num_blocks = self._num_blocks()
+        cache = KVCache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
+        log.info("kv_cache_ready", tokens=num_blocks * settings.block_size)
+        return ModelRunner(decoder, cache), BlockManager(num_blocks, settings.block_size)
+
+    def facts(self) -> LanguageModelFacts:
+        """Return what the answerer has to know."""
+        return LanguageModelFacts(
+            name=self.config.name,
+            hidden_size=self.config.hidden_size,
+            tokens_per_tile=self.config.tokens_per_tile,
+            dtype=self.decoder.dtype,
+            stop_token_ids=_stop_token_ids(self._settings, self.config, self.template, self.tokenizer),
+        )
+
+    def _num_blocks(self) -> int:
+        settings, decoder = self._settings, self.decoder
+        budget = settings.kv_cache_bytes or _CPU_KV_CACHE_BYTES
+        if not settings.kv_cache_bytes and decoder.device.type == "cuda":
+            budget = int(torch.cuda.mem_get_info(decoder.device)[0] * _GPU_KV_CACHE_FRACTION)
+        block_bytes = KVCache.block_bytes(decoder.config, settings.block_size, decoder.dtype)
+        if budget < block_bytes * 4:
+            raise CheckpointError(f"kv_cache_bytes of {budget} is too little: a block of this model has {block_bytes}.")
+        return budget // block_bytes
+
+
+_WARM_UP = EngineRequest(PromptTokens((0,) * 8), (), SamplingParams(max_output_tokens=2))
+
+
+async def _open_reader(settings: LlmSettings, stack: AsyncExitStack) -> EmbeddingReader:
+    redis = connect_redis(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
+    if redis is not None:
+        stack.push_async_callback(redis.aclose)
+    vision = VisionReplicas(settings.max_message_bytes)
+    stack.push_async_callback(vision.aclose)
+    return EmbeddingReader(
+        LocalEmbeddingCache(settings.local_cache_bytes), open_embedding_store(redis, settings), vision
+    )
+
+
+def _template_of(config: InternVLConfig) -> Template:
+    if config.template not in TEMPLATES:
+        raise CheckpointError(f"template {config.template!r} in config.json is none of {', '.join(TEMPLATES)}.")
+    return TEMPLATES[config.template].with_system_message(config.system_message)
+
+
+def _stop_token_ids(
+    settings: LlmSettings, config: InternVLConfig, template: Template, tokenizer: Tokenizer
+) -> frozenset[int]:
+    """Return the template's stop token and every end token that the checkpoint declares."""
+    file = settings.model / "generation_config.json"
+    declared = [config.llm.get("eos_token_id")]
+    if file.is_file():
+        declared.append(read_json(file).get("eos_token_id"))
+    flat = [token for entry in declared for token in (entry if isinstance(entry, list) else [entry])]
+    return frozenset({tokenizer.token_id(template.stop_token), *(token for token in flat if token is not None)})

@@ -1,0 +1,214 @@
+"""The engine: asyncio outside, one model thread inside. This is the file where the two meet.
+
+The event loop posts commands; the thread takes them between steps, runs steps while there is work, and hands the
+outputs of each step back in one call to the loop.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import Protocol
+
+import structlog
+
+from llm_service.engine.block_manager import BlockManager
+from llm_service.engine.model_runner import SampledToken
+from llm_service.engine.scheduler import ScheduledTokens, Scheduler
+from llm_service.engine.sequence import EngineRequest, Sequence, TokenOutput
+from shared.errors import InternalError, PromptTooLong, QueueFull
+
+log = structlog.get_logger()
+_Delivery = tuple[Sequence, TokenOutput | Exception]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment of the engine."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """How much the engine takes on: sequences and tokens per step, tokens per sequence, requests at a time."""
+
+    max_sequences: int
+    max_batch_tokens: int
+    max_tokens: int
+    max_open: int
+
+
+class Engine(Protocol):
+    """Turns prompts into tokens. Safe to use from any task of one event loop."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that one sequence, prompt and output, may have."""
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput]:
+        """Yield the output tokens as they come. Closing the iterator aborts the sequence and frees its blocks.
+
+        Raises `PromptTooLong` where the prompt leaves no room for a token, `QueueFull` where too many wait, and
+        `InternalError` where this sequence's computation failed.
+        """
+
+    def stats(self) -> EngineStats:
+        """Return the state after the last step."""
+
+
+class StepRunner(Protocol):
+    """Computes one step; `ModelRunner` is the real one."""
+
+    def step(self, batch: list[ScheduledTokens]) -> list[SampledToken]:
+        """Return one token per entry that `completes`, in order. May raise anything."""
+
+
+class PagedEngine:
+    """The built-in engine: continuous batching over a paged KV cache."""
+
+    def __init__(self, runner: StepRunner, blocks: BlockManager, limits: EngineLimits) -> None:
+        self._runner = runner
+        self._blocks = blocks
+        self._scheduler = Scheduler(blocks, limits.max_sequences, limits.max_batch_tokens)
+        self._max_tokens = min(limits.max_tokens, blocks.num_blocks * blocks.block_size)
+        self._max_open = limits.max_open
+        self._num_open = 0
+        self._broken = False
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that one sequence may have."""
+        return self._max_tokens
+
+    def start(self) -> None:
+        """Start the model thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the model thread after its current step."""
+        self._post(lambda: setattr(self, "_stopping", True))
+        self._thread.join(timeout=10)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput]:
+        """Yield the output tokens; see `Engine`."""
+        request = self._checked(request)
+        outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
+        seq = Sequence(request, outputs.put_nowait, time.monotonic())
+        self._num_open += 1
+        self._post(lambda: self._scheduler.add(seq))
+        try:
+            while True:
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+                if output.finish_reason is not None:
+                    return
+        finally:
+            self._num_open -= 1
+            self._post(lambda: self._scheduler.remove(seq))  # the abort; nothing, if it has finished
+
+    def stats(self) -> EngineStats:
+        """Return the state after the last step."""
+        return EngineStats(
+            len(self._scheduler.running), len(self._scheduler.waiting), self._blocks.num_free, self._blocks.num_blocks
+        )
+
+    def _checked(self, request: EngineRequest) -> EngineRequest:
+        """Return the request with its output limited to what the context leaves, or raise what `generate` says."""
+        room = self._max_tokens - len(request.prompt.ids) - len(request.generated)
+        if self._broken:
+            raise InternalError("The language model has stopped.")
+        if room <= 0:
+            raise PromptTooLong(
+                f"The prompt has {len(request.prompt.ids)} tokens; the context holds {self._max_tokens}.",
+                field="prompt",
+            )
+        if self._num_open >= self._max_open:
+            raise QueueFull("Too many requests are waiting for the language model.", retry_after_s=1.0)
+        max_output_tokens = min(request.params.max_output_tokens, room)
+        return replace(request, params=replace(request.params, max_output_tokens=max_output_tokens))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+
+    # Below: model thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if batch := self._scheduler.next_batch():
+                    self._deliver(self._compute(batch))
+        except Exception:
+            log.critical("engine_stopped", exc_info=True)
+            self._broken = True
+            self._deliver([self._fail(seq) for seq in (*self._scheduler.running, *self._scheduler.waiting)])
+
+    def _take_commands(self) -> None:
+        """Carry out what was posted; wait for something when there is nothing to compute."""
+        if not self._scheduler.has_work:
+            self._commands.get()()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _compute(self, batch: list[ScheduledTokens]) -> list[_Delivery]:
+        """Run a step. If it fails, run each sequence alone, so that only the one at fault fails."""
+        now = time.monotonic()
+        for tokens in batch:
+            tokens.seq.start_time = tokens.seq.start_time or now
+        try:
+            return self._advance(batch, self._runner.step(batch))
+        except Exception as error:  # whatever a model raises is one sequence's failure
+            if len(batch) > 1:
+                log.warning("step_failed", error=type(error).__name__, sequences=len(batch))
+                return [delivery for tokens in batch for delivery in self._compute([tokens])]
+            log.exception("sequence_failed")
+            return [self._fail(batch[0].seq)]
+
+    def _advance(self, batch: list[ScheduledTokens], sampled: list[SampledToken]) -> list[_Delivery]:
+        completed = [tokens.seq for tokens in batch if tokens.completes]
+        for tokens in batch:
+            tokens.seq.num_computed += tokens.count
+        return [self._append(seq, token) for seq, token in zip(completed, sampled, strict=True)]
+
+    def _append(self, seq: Sequence, sampled: SampledToken) -> _Delivery:
+        if sampled.token_id is None:
+            log.error("sequence_failed", cause="logits are not numbers")
+            return self._fail(seq)
+        seq.token_ids.append(sampled.token_id)
+        reason = seq.finish_reason()
+        timing = self._first_token_timing(seq) if seq.first_token_time is None else {}
+        if reason is not None:
+            self._scheduler.remove(seq)
+        return seq, TokenOutput(sampled.token_id, reason, sampled.top_logprobs, **timing)
+
+    def _fail(self, seq: Sequence) -> _Delivery:
+        self._scheduler.remove(seq)
+        return seq, InternalError("The language model failed on this request.")
+
+    def _first_token_timing(self, seq: Sequence) -> dict[str, float]:
+        assert seq.start_time is not None
+        seq.first_token_time = time.monotonic()
+        return {
+            "queue_s": seq.start_time - seq.arrival_time,
+            "prefill_s": seq.first_token_time - seq.start_time,
+        }
+
+    def _deliver(self, deliveries: list[_Delivery]) -> None:
+        def put_all() -> None:
+            for seq, output in deliveries:
+                seq.deliver(output)
+
+        if deliveries and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(put_all)

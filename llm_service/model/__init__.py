@@ -1,0 +1,1 @@
+"""The language model: decoder, rotary embedding, paged attention, loader."""

@@ -1,0 +1,138 @@
+"""The language model: one decoder for every family whose shape `DecoderConfig` describes.
+
+It works on flat batches, [tokens, hidden], of any mix of prompts and single tokens; `BatchLayout` says what belongs
+together. Projections that read the same input are fused.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from llm_service.model.attention import BatchLayout, KVCache, paged_attention
+from llm_service.model.config import DecoderConfig
+from llm_service.model.rope import Rope, rotate
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm, computed in float32 and scaled after casting back, as in the reference."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self._eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension."""
+        wide = hidden.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        return self.weight * normed.to(hidden.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self._config = config
+        self._layer = layer
+        self.qkv = _linear(config.hidden_size, sum(config.qkv_rows), bias=config.qkv_bias)
+        self.out = _linear(config.num_heads * config.head_dim, config.hidden_size)
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: BatchLayout, cache: KVCache
+    ) -> torch.Tensor:
+        """Attend, [tokens, hidden] to [tokens, hidden]."""
+        head_dim = self._config.head_dim
+        queries, keys, values = (
+            part.unflatten(-1, (-1, head_dim)) for part in self.qkv(hidden).split(self._config.qkv_rows, dim=-1)
+        )
+        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        attended = paged_attention(cache, self._layer, layout, queries, keys, values)
+        projected: torch.Tensor = self.out(attended.flatten(1))
+        return projected
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up = _linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down = _linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply to [tokens, hidden]."""
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        projected: torch.Tensor = self.down(functional.silu(gate) * up)
+        return projected
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: BatchLayout, cache: KVCache
+    ) -> torch.Tensor:
+        """Apply to [tokens, hidden]."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, layout, cache)
+        added: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden))
+        return added
+
+
+class Decoder(nn.Module):
+    """The whole language model. Not thread-safe: it belongs to the model thread."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = _linear(config.hidden_size, config.vocab_size)
+        self.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of weights and activations."""
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: torch.Tensor,
+        layout: BatchLayout,
+        cache: KVCache,
+        rope: Rope,
+    ) -> torch.Tensor:
+        """Return the final hidden states [tokens, hidden] of input embeddings [tokens, hidden].
+
+        `positions` and `lengths` are int64 [tokens]: each token's position, and its sequence's length after this batch.
+        """
+        cos, sin = rope.rotation(positions, lengths)
+        rotation = (cos.to(hidden.dtype), sin.to(hidden.dtype))
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, layout, cache)
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [rows, vocab] of final hidden states [rows, hidden]."""
+        scores: torch.Tensor = self.head(hidden)
+        return scores.float()
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)

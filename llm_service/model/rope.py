@@ -1,0 +1,52 @@
+"""Rotary position embedding, half-split form, with dynamic NTK scaling per sequence."""
+
+import torch
+
+from llm_service.model.config import RopeConfig
+
+
+class Rope:
+    """Gives cos and sin for positions. Each sequence's own length decides its frequencies, whatever else is batched.
+
+    Dynamic NTK: up to `max_positions` plain rope; beyond, base' = base * (f * n / max - (f - 1)) ** (d / (d - 2)) for
+    the current length n. Keys that are already cached stay as they were rotated.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+        self._config = config
+        self._head_dim = head_dim
+        self._device = device
+        self._plain = self._frequencies(config.theta)
+
+    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, float32 [tokens, head_dim].
+
+        `positions` and `lengths` are int64 [tokens]: each token's position and the present length of its sequence.
+        """
+        angles = positions.to(torch.float32)[:, None] * self._frequencies_for(lengths)
+        both_halves = torch.cat((angles, angles), dim=-1)
+        return both_halves.cos(), both_halves.sin()
+
+    def _frequencies_for(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Return inverse frequencies, [head_dim / 2] where all sequences are short, else [tokens, head_dim / 2]."""
+        if self._config.kind != "dynamic" or int(lengths.max()) <= self._config.max_positions:
+            return self._plain
+        rows = {length: self._stretched(length) for length in set(lengths.tolist())}
+        return torch.stack([rows[int(length)] for length in lengths])
+
+    def _stretched(self, length: int) -> torch.Tensor:
+        limit, factor = self._config.max_positions, self._config.factor
+        if length <= limit:
+            return self._plain
+        exponent = self._head_dim / (self._head_dim - 2)
+        return self._frequencies(self._config.theta * ((factor * length / limit) - (factor - 1)) ** exponent)
+
+    def _frequencies(self, base: float) -> torch.Tensor:
+        steps = torch.arange(0, self._head_dim, 2, dtype=torch.int64, device=self._device).to(torch.float32)
+        return 1.0 / (base ** (steps / self._head_dim))
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate states [tokens, heads, head_dim] by cos and sin [tokens, head_dim] of the same dtype."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

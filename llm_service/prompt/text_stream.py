@@ -1,0 +1,60 @@
+"""Makes text of generated tokens while they come: whole characters only, cut at stop sequences, stripped."""
+
+import codecs
+from collections.abc import Iterable
+
+from llm_service.prompt.tokenizer import Tokenizer
+
+
+class TextStream:
+    """The text of one answer. What `push` and `finish` return, joined, is `text.split(stop)[0].strip()` of it all."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_sequences: Iterable[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop_sequences)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._begun = False
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take a token; return the text that has become certain. After a stop sequence `stopped` is set."""
+        if token_id in self._tokenizer.hidden_ids or self.stopped:
+            return ""
+        self._held += self._decoder.decode(self._tokenizer.bytes_of(token_id))
+        return self._release(self._cut() or self._certain())
+
+    def finish(self) -> str:
+        """Return what was held back until the end was known."""
+        self._held += self._decoder.decode(b"", final=True)
+        end = self._cut() or len(self._held)
+        return self._release(len(self._held[:end].rstrip()))
+
+    def _cut(self) -> int | None:
+        """Return where the earliest stop sequence begins, and drop what follows; None if there is none."""
+        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        if not found:
+            return None
+        self.stopped = True
+        self._held = self._held[: min(found)].rstrip()
+        return len(self._held) or None
+
+    def _certain(self) -> int:
+        """Return how much can neither begin a stop sequence nor be trailing white space."""
+        if self.stopped:
+            return 0
+        possible = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        return len(self._held[: len(self._held) - possible].rstrip())
+
+    def _release(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        if not self._begun:
+            text = text.lstrip()
+            self._begun = bool(text)
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
+    longest = min(len(stop) - 1, len(text))
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

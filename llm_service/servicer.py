@@ -1,0 +1,40 @@
+"""llm.v1.LlmService: parse, call, render."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from internvl_serving.llm.v1 import llm_service_pb2 as pb
+from internvl_serving.llm.v1 import llm_service_pb2_grpc
+from llm_service import convert
+from llm_service.answerer import Answerer, Started
+
+
+class LlmServicer(llm_service_pb2_grpc.LlmServiceServicer):
+    """Answers the service's calls once `answerer` is there."""
+
+    def __init__(self, default_output_tokens: int) -> None:
+        self._default_output_tokens = default_output_tokens
+        self.answerer: Answerer | None = None
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream one answer."""
+        answerer = self._ready()
+        dialogue = convert.dialogue_of(request.prompt)
+        options = convert.options_of(
+            request.generation_config, self._default_output_tokens, answerer.facts.stop_token_ids
+        )
+        async with aclosing(answerer.answer(dialogue, options)) as events:
+            async for event in events:
+                if isinstance(event, Started):
+                    prompt = event.prompt
+                yield convert.response_of(event, prompt, answerer.facts.name, with_ids=request.return_token_ids)
+
+    async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
+        """Measure a prompt."""
+        prompt = await self._ready().tokenize(convert.dialogue_of(request.prompt))
+        return convert.count_response_of(prompt)
+
+    def _ready(self) -> Answerer:
+        assert self.answerer is not None  # no call is admitted before warm-up has ended
+        return self.answerer

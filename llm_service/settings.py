@@ -1,0 +1,34 @@
+"""Settings of the LLM service."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from shared.settings import DtypeName, EmbeddingStoreSettings, ServiceSettings
+
+
+class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
+    """Everything that can be set, from flags, `LLM_*` variables or these defaults."""
+
+    model_config = SettingsConfigDict(env_prefix="LLM_")
+
+    model: Path = Field(description="checkpoint directory: config.json, safetensors and tokenizer files")
+    device: str = Field(
+        "auto", description="torch device, such as cpu, cuda or cuda:1; auto takes a GPU if there is one"
+    )
+    dtype: DtypeName = Field("auto", description="element type; auto is float32 on a CPU and bfloat16 on a GPU")
+    threads: int = Field(0, ge=0, description="CPU threads of one operation; 0 leaves torch's default")
+    kv_cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory for keys and values; 0 takes 1 GiB on a CPU and 85 percent of what is free on a GPU",
+    )
+    block_size: int = Field(16, ge=1, le=256, description="tokens of one block of the KV cache")
+    max_context_tokens: int = Field(
+        0, ge=0, description="most tokens of prompt and answer together; 0 takes the checkpoint's limit"
+    )
+    max_sequences: int = Field(64, ge=1, description="sequences in one step")
+    max_batch_tokens: int = Field(512, ge=64, description="tokens in one step; longer prompts are read in chunks")
+    max_open_requests: int = Field(2048, ge=1, description="requests at a time; more are refused with QUEUE_FULL")
+    default_output_tokens: int = Field(1024, ge=1, description="max_output_tokens of a request that does not say")
