@@ -136,9 +136,11 @@ async def test_an_unknown_error_tells_the_client_nothing_of_its_text(tmp_path: P
 
 async def test_deadline_and_request_id_reach_the_handler_and_what_it_calls(tmp_path: Path) -> None:
     seen: list[Any] = []
-    async with running(
-        tmp_path, ScriptedServicer(lambda: seen.append((remaining_s(), request_id(), outgoing())))
-    ) as (stub, address, _):
+    async with running(tmp_path, ScriptedServicer(lambda: seen.append((remaining_s(), request_id(), outgoing())))) as (
+        stub,
+        address,
+        _,
+    ):
         await until_serving(address)
         await stub.CountTokens(REQUEST, timeout=3.0, metadata=(("x-request-id", "abc-1"),), wait_for_ready=True)
         remaining, identity, options = seen[0]
@@ -165,7 +167,11 @@ async def test_sigterm_lets_a_running_stream_finish_and_refuses_new_calls(tmp_pa
 
 
 async def test_a_stream_longer_than_the_grace_ends_with_our_own_error(tmp_path: Path) -> None:
-    async with running(tmp_path, ScriptedServicer(deltas=1000, pause_s=0.05), drain_grace_s=0.3) as (stub, address, task):
+    async with running(tmp_path, ScriptedServicer(deltas=1000, pause_s=0.05), drain_grace_s=0.3) as (
+        stub,
+        address,
+        task,
+    ):
         await until_serving(address)
         call = stub.Generate(llm_service_pb2.GenerateRequest(), wait_for_ready=True)
         stream = aiter(call)
