@@ -45,9 +45,7 @@ class GoldenVision:
     def __init__(self, checkpoint: str) -> None:
         directory = GOLDEN / "checkpoints" / checkpoint
         self._config = read_config(directory)
-        loaded = load_tower(
-            Checkpoint(directory), TowerConfig.of(self._config), torch.device("cpu"), torch.float32
-        )
+        loaded = load_tower(Checkpoint(directory), TowerConfig.of(self._config), torch.device("cpu"), torch.float32)
         self._tower = loaded.tower
         self._images: dict[str, GoldenImage] = {}
 
@@ -62,7 +60,7 @@ class GoldenVision:
         spec = TilingSpec.of(self._config).adjusted(image.max_tiles, None)
         picture = preprocess(image.content, spec, 10**8)
         with torch.inference_mode():
-            rows = self._tower(torch.from_numpy(picture.tiles)).flatten(0, 1)
+            rows = self._tower(torch.tensor(picture.tiles)).flatten(0, 1)
         info = EmbeddingInfo(len(picture.tiles), len(rows), ref.hidden_size, "float32", 1, 1, 1, 1)
         return Embedding(ref.digest, info, bytes_of(rows))
 

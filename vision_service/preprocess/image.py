@@ -1,0 +1,131 @@
+"""Decodes untrusted pictures and cuts them into tiles, bit for bit as the model cards' code does."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+# Imported by name: otherwise Pillow would load the plug-ins of all its formats at the first picture.
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from shared.errors import MediaTooLarge, MediaUnreadable
+from vision_service.preprocess.tiling import Grid, TilingSpec, choose_grid
+
+Tiles = npt.NDArray[np.uint8]
+
+FORMATS: Final = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        GifImagePlugin.GifImageFile,
+        BmpImagePlugin.BmpImageFile,
+        TiffImagePlugin.TiffImageFile,
+    )
+)
+_MEAN: Final = np.array((0.485, 0.456, 0.406), np.float32)
+_STD: Final = np.array((0.229, 0.224, 0.225), np.float32)
+
+# What Pillow's decoders raise on damaged files, besides its own errors (which are OSErrors).
+_DECODER_ERRORS: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+_BOMB_ERRORS: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A picture ready for the vision tower.
+
+    Width and height in pixels; the tiles [n, S, S, 3] go through the grid row by row, the thumbnail comes last.
+    """
+
+    width: int
+    height: int
+    grid: Grid
+    tiles: Tiles
+
+
+def preprocess(content: bytes, spec: TilingSpec, max_pixels: int) -> Picture:
+    """Return the picture that `content` holds, cut as `spec` says.
+
+    Raises `MediaTooLarge` before decoding when the header tells of more than `max_pixels`, and `MediaUnreadable` when
+    the bytes are no whole picture of an accepted format. Safe in any thread.
+    """
+    image = read_rgb(content, max_pixels)
+    grid = choose_grid(image.width, image.height, spec)
+    return Picture(image.width, image.height, grid, cut_tiles(image, grid, spec))
+
+
+def read_rgb(content: bytes, max_pixels: int) -> Image.Image:
+    """Return the decoded picture (of an animation: its first frame) in RGB; raises as `preprocess` does."""
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            # Only the header has been read. The size is checked here and not by Pillow's process-wide limit.
+            if _pixels_to_decode(image) > max_pixels:
+                raise _too_many_pixels(max_pixels)
+            return image.convert("RGB")
+    except _BOMB_ERRORS:
+        raise _too_many_pixels(max_pixels) from None
+    except _DECODER_ERRORS as error:
+        raise MediaUnreadable(
+            "The bytes are no picture of an accepted format (JPEG, PNG, WebP, GIF, BMP, TIFF), or are damaged."
+        ) from error
+
+
+def cut_tiles(image: Image.Image, grid: Grid, spec: TilingSpec) -> Tiles:
+    """Return the tiles [n, S, S, 3] of an RGB picture: it is stretched to the grid, its proportions are not kept."""
+    size = spec.tile_size
+    stretched = _resized(image, size * grid.columns, size * grid.rows)
+    tiles = stretched.reshape(grid.rows, size, grid.columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    if spec.thumbnail and grid.tile_count > 1:
+        tiles = np.concatenate((tiles, _resized(image, size, size)[np.newaxis]))
+    return tiles
+
+
+def pixel_levels() -> npt.NDArray[np.float32]:
+    """Return the model's input value of every channel and byte, [3, 256]."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    return (levels - _MEAN[:, np.newaxis]) / _STD[:, np.newaxis]
+
+
+def _pixels_to_decode(image: ImageFile.ImageFile) -> int:
+    pixels = image.width * image.height
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Decoded tile by tile, and a tile may be far larger than the picture it is for.
+        tags = image.tag_v2
+        pixels = max(pixels, tags.get(TiffImagePlugin.TILEWIDTH, 1) * tags.get(TiffImagePlugin.TILELENGTH, 1))
+    return pixels
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Tiles:
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _too_many_pixels(max_pixels: int) -> MediaTooLarge:
+    return MediaTooLarge(f"A picture may have at most {max_pixels} pixels.")

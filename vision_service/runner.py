@@ -1,0 +1,100 @@
+"""Runs the vision tower on its one thread, and pictures' decoding on a few others.
+
+This is the file where asyncio ends: `await` on one side, plain synchronous code on the other.
+"""
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+from shared.embedding import DataType
+from shared.tensors import data_type_of
+from vision_service.model.loader import LoadedTower
+from vision_service.preprocess.image import Tiles
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class WorkerPool:
+    """Runs blocking functions in threads of its own, so that the event loop never waits for them."""
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `function` returns. A caller that is cancelled leaves a running function to its end."""
+        context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: context.run(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Start nothing more; does not wait for what is running."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerIdentity:
+    """What, besides picture and tiling, decides an embedding's value."""
+
+    fingerprint: str
+    data_type: DataType
+
+
+class ModelRunner:
+    """Owns the vision tower and the one thread that touches it.
+
+    `load` is called on that thread. Pictures are cut into passes of at most `max_batch_tiles` tiles, which bounds the
+    memory of a pass whatever the number of tiles in a picture.
+    """
+
+    def __init__(self, load: Callable[[], LoadedTower], max_batch_tiles: int) -> None:
+        self._load = load
+        self._max_batch_tiles = max_batch_tiles
+        self._thread = WorkerPool(1, "model")
+        self._loaded: LoadedTower | None = None
+
+    @property
+    def loaded(self) -> LoadedTower:
+        """The tower; it has to have been loaded."""
+        assert self._loaded is not None
+        return self._loaded
+
+    @property
+    def identity(self) -> TowerIdentity:
+        """What the tower's embeddings are named after."""
+        weight = next(self.loaded.tower.parameters())
+        return TowerIdentity(self.loaded.fingerprint, data_type_of(weight))
+
+    async def load(self) -> LoadedTower:
+        """Load the tower; raises `CheckpointError`."""
+        self._loaded = await self._thread.run(self._load)
+        return self._loaded
+
+    async def encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
+        """Return the visual tokens [tokens, hidden] of every picture, on the CPU."""
+        return await self._thread.run(self._encode, pictures)
+
+    def close(self) -> None:
+        """Let the thread end after what it is doing."""
+        self._thread.close()
+
+    # Below: on the model thread.
+
+    @torch.inference_mode()
+    def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
+        tiles = torch.from_numpy(np.concatenate(pictures))
+        passes = [self._forward(part) for part in torch.split(tiles, self._max_batch_tiles)]
+        visual_tokens = torch.cat(passes)  # [tiles, tokens per tile, hidden]
+        parts = torch.split(visual_tokens, [len(picture) for picture in pictures])
+        return [part.flatten(0, 1) for part in parts]
+
+    def _forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        visual_tokens: torch.Tensor = self.loaded.tower(tiles.to(self.loaded.device))
+        return visual_tokens.cpu()
