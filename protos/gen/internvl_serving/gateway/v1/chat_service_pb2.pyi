@@ -85,7 +85,7 @@ class ChatResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___ChatFinished:
-        """The answer is complete and, in a kept conversation, stored."""
+        """The answer is complete and, in a kept conversation, stored, unless `message_id` is empty."""
 
     def __init__(
         self,
@@ -182,7 +182,9 @@ class ChatFinished(_message.Message):
     finish_reason: _generation_pb2.FinishReason.ValueType
     """Why the answer ended."""
     message_id: _builtins.str
-    """The stored answer's id, in kept conversations."""
+    """The stored answer's id, in kept conversations. Empty there when the store was lost on the way: the answer is whole,
+    but the turn was most likely not kept. ListMessages tells.
+    """
     @_builtins.property
     def usage(self) -> _generation_pb2.TokenUsage:
         """Tokens read and written."""

@@ -1,0 +1,93 @@
+"""The gRPC clients of the vision and the LLM service."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import grpc
+import structlog
+
+from gateway import convert
+from gateway.content import Medium
+from gateway.events import Encoded, Generated, GenerateEvent, GenerateRequest
+from internvl_serving.llm.v1 import llm_service_pb2_grpc
+from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
+from shared.errors import (
+    EmbeddingNotFound,
+    InvalidRequest,
+    LlmUnavailable,
+    NotReady,
+    ServiceError,
+    Unavailable,
+    VisionUnavailable,
+)
+from shared.rpc.deadline import outgoing
+from shared.rpc.status import from_rpc_error
+
+log = structlog.get_logger()
+CHUNK_BYTES = 1 << 20
+
+
+class VisionClient:
+    """The vision service behind a channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = vision_service_pb2_grpc.VisionServiceStub(channel)
+
+    async def find(self, medium: Medium) -> Encoded | None:
+        """Return the medium's embedding if a cache holds it; None: its bytes are needed."""
+        try:
+            return await self._encode(medium, b"")
+        except EmbeddingNotFound:
+            return None
+
+    async def encode(self, medium: Medium, content: bytes) -> Encoded:
+        """Return the medium's embedding, made from `content` where no cache holds it."""
+        return await self._encode(medium, content)
+
+    async def _encode(self, medium: Medium, content: bytes) -> Encoded:
+        call = self._stub.Encode(_encode_requests(medium, content), **outgoing())
+        try:
+            return convert.encoded(await call)
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error, VisionUnavailable) from error
+        finally:
+            call.cancel()  # a call object that is dropped goes on otherwise
+
+
+class LlmClient:
+    """The LLM service behind a channel."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = llm_service_pb2_grpc.LlmServiceStub(channel)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
+        """Stream one answer; closing the stream aborts it."""
+        call = self._stub.Generate(convert.generate_request(request), **outgoing())
+        is_complete = False
+        try:
+            async for response in call:
+                event = convert.generate_event(response)
+                is_complete = isinstance(event, Generated)
+                if event is not None:
+                    yield event
+        except grpc.aio.AioRpcError as error:
+            if not is_complete:
+                raise _translated(error, LlmUnavailable) from error
+            log.warning("complete_answer_ended_badly", code=error.code().name)
+        finally:
+            call.cancel()  # a call object that is dropped goes on otherwise
+
+
+async def _encode_requests(medium: Medium, content: bytes) -> AsyncIterator[vision_service_pb2.EncodeRequest]:
+    yield vision_service_pb2.EncodeRequest(header=convert.encode_header(medium))
+    for start in range(0, len(content), CHUNK_BYTES):
+        yield vision_service_pb2.EncodeRequest(chunk=content[start : start + CHUNK_BYTES])
+
+
+def _translated(error: grpc.RpcError, unavailable: type[Unavailable]) -> ServiceError:
+    """Return the error in the words of our own API: the stage is away, the prompt is what `messages` became."""
+    known = from_rpc_error(error, unavailable)
+    if isinstance(known, NotReady):
+        return unavailable(known.message, retry_after_s=known.retry_after_s)
+    if isinstance(known, InvalidRequest) and known.field and known.field.split(".")[0] == "prompt":
+        return type(known)(known.message, field="messages")
+    return known

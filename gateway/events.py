@@ -1,0 +1,156 @@
+"""What is asked of a turn and what comes back: configuration, events, receipts, timings."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+from gateway.content import Message
+from gateway.prompt import EmbeddingHandle, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """How the answer is decoded. None leaves a choice to the LLM service, which also checks the values."""
+
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+    num_beams: int | None = None
+    ignore_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A turn to answer: the next message of a kept conversation, or a whole dialogue."""
+
+    messages: tuple[Message, ...]
+    conversation_id: str = ""
+    system_message: str | None = None
+    config: GenerationConfig = GenerationConfig()
+    return_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A prompt to answer."""
+
+    prompt: Prompt
+    config: GenerationConfig = GenerationConfig()
+    return_token_ids: bool = False
+
+
+class CacheTier(StrEnum):
+    """Where an embedding came from."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    NONE = "NONE"
+    LOCAL = "LOCAL"
+    STORE = "STORE"
+    VISION = "VISION"
+    PREFIX = "PREFIX"
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the vision service said about a medium: its handle, its tile grid and what it cost."""
+
+    handle: EmbeddingHandle
+    cache_tier: CacheTier
+    columns: int = 1
+    rows: int = 1
+    coalesced: bool = False
+    preprocess_s: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How one embedding reached the engine."""
+
+    digest: str
+    cache_tier: CacheTier
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Tokens read and written."""
+
+    prompt_tokens: int = 0
+    visual_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The prompt was accepted."""
+
+    model: str
+    prompt_token_count: int
+    prompt_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that became certain since the last event."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """The LLM service's last word on an answer."""
+
+    finish_reason: FinishReason
+    usage: TokenUsage = TokenUsage()
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    transfers: tuple[Transfer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MediaReceipt:
+    """What one medium cost. `transfer` is None where the LLM service did not say."""
+
+    media_digest: str
+    encoded: Encoded
+    transfer: Transfer | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTimings:
+    """Where the time of a turn went, from the call's arrival at the gateway. No first token: there was no delta."""
+
+    media_s: float
+    time_to_first_token_s: float | None
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete. `message_id` is empty where it is not kept, or could not be."""
+
+    generated: Generated
+    timings: ChatTimings
+    receipts: tuple[MediaReceipt, ...] = field(default=())
+    message_id: str = ""
+
+
+GenerateEvent: TypeAlias = Started | Delta | Generated
+ChatEvent: TypeAlias = Started | Delta | Finished
