@@ -27,6 +27,7 @@ def configure_logging(settings: ServiceSettings, service: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     _route_standard_library(shared_processors, renderer, level)
+    logging.captureWarnings(capture=True)
     structlog.contextvars.bind_contextvars(service=service)
 
 

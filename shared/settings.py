@@ -4,12 +4,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _checked_address(text: str) -> str:
+    host, separator, port = text.rpartition(":")
+    if not (host and separator and port.isdecimal() and int(port) < 1 << 16):
+        raise ValueError("has to be host:port, with a port of 0 to 65535")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
 
 
 # On both classes, because mixing them lets the last one's values win, pydantic-settings' own defaults included.
@@ -21,8 +31,10 @@ class ServiceSettings(BaseSettings):
 
     model_config = _CONFIG
 
-    listen: str = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
-    advertise: str = Field("", description="host:port that others reach this replica under; empty: as bound")
+    listen: Address = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
+    advertise: str = Field(
+        "", description="host:port that others reach this replica under; empty: as bound. Needed where that is 0.0.0.0"
+    )
     address_file: Path | None = Field(None, description="file to write the bound host:port to")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe event to log")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
@@ -52,7 +64,9 @@ class EmbeddingStoreSettings(BaseSettings):
 
     model_config = _CONFIG
 
-    redis_url: str = Field("", description="redis:// URL of the embedding store; empty: none")
+    redis_url: str = Field(
+        "", pattern="^$|^(redis|rediss|unix)://", description="redis:// URL of the embedding store; empty: none"
+    )
     redis_timeout_s: float = Field(0.25, gt=0, description="longest wait for one answer of the embedding store")
     embedding_ttl_s: int = Field(86_400, ge=1, description="seconds that an embedding stays in the store")
     embedding_key: SecretStr = Field(

@@ -1,9 +1,10 @@
 """The embedding store (Redis), its circuit breaker, and the memory cache in front of it. None fails a request."""
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar, cast
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -16,6 +17,8 @@ from shared.settings import EmbeddingStoreSettings
 
 log = structlog.get_logger()
 T = TypeVar("T")
+P = ParamSpec("P")
+_INLINE_BYTES = 256 << 10
 
 
 class EmbeddingStore(Protocol):
@@ -123,7 +126,7 @@ class RedisEmbeddingStore:
         values = await self._attempt(self._redis.mget(_group_keys(digest, info)))
         if values is None or None in values:
             return None
-        embedding = self._format.unpack(digest, info, cast(list[bytes], values))
+        embedding = await _off_loop(info, self._format.unpack, digest, info, cast(list[bytes], values))
         if embedding is None:
             log.warning("stored_embedding_rejected", digest=digest)
             await self.delete(digest)
@@ -131,7 +134,7 @@ class RedisEmbeddingStore:
 
     async def put(self, embedding: Embedding) -> bool:
         """Store the groups, then the manifest, so that a manifest never precedes what it lists."""
-        manifest, groups = self._format.pack(embedding)
+        manifest, groups = await _off_loop(embedding.info, self._format.pack, embedding)
         async with self._redis.pipeline(transaction=False) as pipeline:
             for key, value in zip(_group_keys(embedding.digest, embedding.info), groups, strict=True):
                 pipeline.set(key, value, ex=self._ttl_s)
@@ -213,6 +216,13 @@ def _key(digest: str) -> str:
 
 def _group_keys(digest: str, info: EmbeddingInfo) -> list[str]:
     return [f"{_key(digest)}:{index}" for index in range(info.group_count)]
+
+
+async def _off_loop(info: EmbeddingInfo, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do what copies and hashes a whole embedding: in a thread where that would hold the event loop up."""
+    if info.size_bytes <= _INLINE_BYTES:
+        return work(*args, **kwargs)
+    return await asyncio.to_thread(work, *args, **kwargs)
 
 
 def _discard(call: Awaitable[object]) -> None:
