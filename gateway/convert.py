@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from datetime import datetime
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway.content import MediaPart, Medium, Message, Part, PreprocessOptions, Role, TextPart
@@ -35,6 +34,7 @@ from internvl_serving.vision.v1 import vision_service_pb2
 from shared.digest import checked_digest
 from shared.errors import InvalidRequest
 from shared.rpc.deadline import request_id
+from shared.rpc.messages import duration_of, seconds_of
 
 MAX_DIGESTS = 1000
 MAX_UPLOAD_CHUNK_BYTES = 1 << 20
@@ -205,12 +205,12 @@ def _chat_finished(event: Finished) -> chat_service_pb2.ChatFinished:
 def _timings(timings: ChatTimings, generated: Generated) -> chat_service_pb2.ChatTimings:
     first_token_s = timings.time_to_first_token_s
     return chat_service_pb2.ChatTimings(
-        media_duration=_duration(timings.media_s),
-        queue_duration=_duration(generated.queue_s),
-        prefill_duration=_duration(generated.prefill_s),
-        time_to_first_token=None if first_token_s is None else _duration(first_token_s),
-        decode_duration=_duration(generated.decode_s),
-        total_duration=_duration(timings.total_s),
+        media_duration=duration_of(timings.media_s),
+        queue_duration=duration_of(generated.queue_s),
+        prefill_duration=duration_of(generated.prefill_s),
+        time_to_first_token=None if first_token_s is None else duration_of(first_token_s),
+        decode_duration=duration_of(generated.decode_s),
+        total_duration=duration_of(timings.total_s),
     )
 
 
@@ -224,10 +224,10 @@ def _receipt(receipt: MediaReceipt) -> chat_service_pb2.MediaReceipt:
         token_count=encoded.handle.token_count,
         cache_tier=_tier_number(encoded.cache_tier),
         coalesced=encoded.coalesced,
-        preprocess_duration=_duration(encoded.preprocess_s),
-        encode_duration=_duration(encoded.encode_s),
+        preprocess_duration=duration_of(encoded.preprocess_s),
+        encode_duration=duration_of(encoded.encode_s),
         transfer_tier=_tier_number(transfer.cache_tier if transfer else CacheTier.UNSPECIFIED),
-        transfer_duration=_duration(transfer.duration_s if transfer else 0.0),
+        transfer_duration=duration_of(transfer.duration_s if transfer else 0.0),
     )
 
 
@@ -301,8 +301,8 @@ def encoded(response: vision_service_pb2.EncodeResponse) -> Encoded:
         columns=response.columns,
         rows=response.rows,
         coalesced=response.coalesced,
-        preprocess_s=_seconds(response.preprocess_duration),
-        encode_s=_seconds(response.encode_duration),
+        preprocess_s=seconds_of(response.preprocess_duration),
+        encode_s=seconds_of(response.encode_duration),
     )
 
 
@@ -329,11 +329,11 @@ def _generated(finished: llm_service_pb2.GenerateFinished) -> Generated:
             cached_tokens=usage.cached_token_count,
             output_tokens=usage.output_token_count,
         ),
-        queue_s=_seconds(finished.queue_duration),
-        prefill_s=_seconds(finished.prefill_duration),
-        decode_s=_seconds(finished.decode_duration),
+        queue_s=seconds_of(finished.queue_duration),
+        prefill_s=seconds_of(finished.prefill_duration),
+        decode_s=seconds_of(finished.decode_duration),
         transfers=tuple(
-            Transfer(transfer.digest, _tier(transfer.cache_tier), _seconds(transfer.duration))
+            Transfer(transfer.digest, _tier(transfer.cache_tier), seconds_of(transfer.duration))
             for transfer in finished.transfers
         ),
     )
@@ -348,16 +348,6 @@ def _tier(number: embedding_pb2.CacheTier.ValueType) -> CacheTier:
 
 def _tier_number(tier: CacheTier) -> embedding_pb2.CacheTier.ValueType:
     return embedding_pb2.CacheTier.Value(f"CACHE_TIER_{tier}")
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToNanoseconds() / 1e9
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
 
 
 def _timestamp(time: datetime) -> Timestamp:

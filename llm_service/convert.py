@@ -2,8 +2,6 @@
 
 import math
 
-from google.protobuf.duration_pb2 import Duration
-
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from llm_service.answerer import Delta, Event, Finished, GenerationOptions, Started
@@ -12,16 +10,11 @@ from llm_service.engine.sequence import FinishReason, SamplingParams
 from llm_service.prompt.dialogue import Dialogue, EmbeddingRef, Role, Segment, TextSegment, Turn, VisualSegment
 from llm_service.prompt.splice import PromptTokens
 from shared.digest import checked_digest
-from shared.embedding import DataType
 from shared.errors import InvalidGenerationConfig, InvalidRequest
+from shared.rpc.messages import DATA_TYPE_OF_MESSAGE, duration_of
 
 MAX_STOP_SEQUENCES, MAX_STOP_CHARACTERS, MAX_BEAMS = 16, 256, 16
 
-_DATA_TYPES: dict[int, DataType] = {
-    embedding_pb2.DATA_TYPE_FLOAT32: "float32",
-    embedding_pb2.DATA_TYPE_FLOAT16: "float16",
-    embedding_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
-}
 _ROLES = {generation_pb2.ROLE_USER: Role.USER, generation_pb2.ROLE_ASSISTANT: Role.ASSISTANT}
 _TIERS = {
     FetchTier.LOCAL: embedding_pb2.CACHE_TIER_LOCAL,
@@ -101,14 +94,14 @@ def _segment_of(segment: pb.Segment, field: str) -> Segment:
 
 
 def _ref_of(handle: embedding_pb2.EmbeddingHandle, field: str) -> EmbeddingRef:
-    if handle.data_type not in _DATA_TYPES or handle.tile_count < 1:
+    if handle.data_type not in DATA_TYPE_OF_MESSAGE or handle.tile_count < 1:
         raise InvalidRequest("An embedding handle is passed on as the vision service issued it.", field=field)
     return EmbeddingRef(
         digest=checked_digest(handle.digest, field),
         tile_count=handle.tile_count,
         token_count=handle.token_count,
         hidden_size=handle.hidden_size,
-        data_type=_DATA_TYPES[handle.data_type],
+        data_type=DATA_TYPE_OF_MESSAGE[handle.data_type],
         source=handle.source,
     )
 
@@ -133,20 +126,14 @@ def _finished_of(event: Finished, prompt: PromptTokens) -> pb.GenerateFinished:
             visual_token_count=prompt.num_visual_tokens,
             output_token_count=event.num_output_tokens,
         ),
-        queue_duration=_duration(event.queue_s),
-        prefill_duration=_duration(event.prefill_s),
-        decode_duration=_duration(event.decode_s),
+        queue_duration=duration_of(event.queue_s),
+        prefill_duration=duration_of(event.prefill_s),
+        decode_duration=duration_of(event.decode_s),
         transfers=map(_transfer_of, event.transfers),
     )
 
 
 def _transfer_of(fetched: FetchedEmbedding) -> pb.EmbeddingTransfer:
     return pb.EmbeddingTransfer(
-        digest=fetched.embedding.digest, cache_tier=_TIERS[fetched.tier], duration=_duration(fetched.duration_s)
+        digest=fetched.embedding.digest, cache_tier=_TIERS[fetched.tier], duration=duration_of(fetched.duration_s)
     )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

@@ -3,24 +3,19 @@
 import time
 from collections.abc import AsyncIterator, Iterator
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from internvl_serving.common.v1 import embedding_pb2
 from internvl_serving.vision.v1 import vision_service_pb2
 from shared.digest import checked_digest
-from shared.embedding import DataType, Embedding
+from shared.embedding import Embedding
 from shared.errors import InvalidRequest, MediaTooLarge
+from shared.rpc.messages import MESSAGE_OF_DATA_TYPE, duration_of
 from vision_service.encoder import CacheTier, Encoded
 from vision_service.preprocess.tiling import TilingSpec
 
 CHUNK_BYTES = 1 << 20
 
-_DATA_TYPES: dict[DataType, embedding_pb2.DataType.ValueType] = {
-    "float32": embedding_pb2.DATA_TYPE_FLOAT32,
-    "float16": embedding_pb2.DATA_TYPE_FLOAT16,
-    "bfloat16": embedding_pb2.DATA_TYPE_BFLOAT16,
-}
 _TIERS: dict[CacheTier, embedding_pb2.CacheTier.ValueType] = {
     CacheTier.NONE: embedding_pb2.CACHE_TIER_NONE,
     CacheTier.LOCAL: embedding_pb2.CACHE_TIER_LOCAL,
@@ -81,9 +76,9 @@ def encode_response(encoded: Encoded, source: str, ttl_s: int) -> vision_service
         handle=_handle(encoded, source, ttl_s),
         cache_tier=_TIERS[encoded.tier],
         coalesced=encoded.coalesced,
-        preprocess_duration=_duration(encoded.timings.preprocess_s),
-        queue_duration=_duration(encoded.timings.queue_s),
-        encode_duration=_duration(encoded.timings.encode_s),
+        preprocess_duration=duration_of(encoded.timings.preprocess_s),
+        queue_duration=duration_of(encoded.timings.queue_s),
+        encode_duration=duration_of(encoded.timings.encode_s),
         width=encoded.info.width,
         height=encoded.info.height,
         columns=encoded.info.columns,
@@ -103,7 +98,7 @@ def fetch_responses(embedding: Embedding) -> Iterator[vision_service_pb2.FetchEm
         tile_count=info.tile_count,
         token_count=info.token_count,
         hidden_size=info.hidden_size,
-        data_type=_DATA_TYPES[info.data_type],
+        data_type=MESSAGE_OF_DATA_TYPE[info.data_type],
     )
     yield vision_service_pb2.FetchEmbeddingResponse(header=header)
     payload = memoryview(embedding.payload)
@@ -118,13 +113,7 @@ def _handle(encoded: Encoded, source: str, ttl_s: int) -> embedding_pb2.Embeddin
         tile_count=encoded.info.tile_count,
         token_count=encoded.info.token_count,
         hidden_size=encoded.info.hidden_size,
-        data_type=_DATA_TYPES[encoded.info.data_type],
+        data_type=MESSAGE_OF_DATA_TYPE[encoded.info.data_type],
         source=source,
         expire_time=Timestamp(seconds=int(time.time()) + ttl_s),
     )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

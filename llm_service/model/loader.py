@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
 import torch
 
 from llm_service.model.config import DecoderConfig, decoder_config
@@ -13,7 +12,6 @@ from shared.checkpoint import Checkpoint, InternVLConfig
 from shared.errors import CheckpointError
 from shared.progress import ProgressLog
 
-log = structlog.get_logger()
 _PREFIX = "language_model."
 
 

@@ -1,19 +1,17 @@
 """Loads the vision side of a checkpoint: only its own tensors, checked by name and shape, with a fingerprint."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import structlog
 import torch
 from blake3 import blake3
 
 from shared.checkpoint import Checkpoint
 from shared.digest import digest_of_fields
 from shared.errors import CheckpointError
+from shared.progress import ProgressLog
 from vision_service.model.tower import TowerConfig, VisionTower
 
-log = structlog.get_logger()
 _DATA_TYPES = frozenset({"F32", "F16", "BF16"})
 
 
@@ -43,7 +41,7 @@ def load_tower(checkpoint: Checkpoint, config: TowerConfig, device: torch.device
     _check(checkpoint, shapes)
     weights: dict[str, torch.Tensor] = {}
     prints: dict[str, bytes] = {}
-    for name, tensor in checkpoint.load(shapes, _Progress()):
+    for name, tensor in checkpoint.load(shapes, ProgressLog("loading_vision_tower")):
         prints[name] = _print_of(tensor)
         # A copy: what safetensors returns may be the mapped file, which somebody could replace under us.
         weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
@@ -72,16 +70,3 @@ def _fingerprint(config: TowerConfig, prints: Mapping[str, bytes]) -> str:
     # By name and not in file order: the same weights in other shards are the same weights.
     by_name = [field for name in sorted(prints) for field in (name, prints[name])]
     return digest_of_fields(repr(config), *by_name)
-
-
-class _Progress:
-    """Logs bytes read and to be read, at most once a second."""
-
-    def __init__(self) -> None:
-        self._logged_at = time.monotonic()
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if now - self._logged_at >= 1.0:
-            self._logged_at = now
-            log.info("model_loading", done_bytes=done_bytes, total_bytes=total_bytes)
