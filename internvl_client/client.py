@@ -1,0 +1,296 @@
+"""The blocking client: `Client`, its conversations and its streams. Safe to share between threads."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from internvl_client import convert
+from internvl_client.channel import CHANNEL_OPTIONS, CallScope
+from internvl_client.errors import NotFoundError, translated
+from internvl_client.plan import MAX_DIGESTS_PER_REQUEST, AnswerCollector, ChatPlan, KnownDigests, plan_chat
+from internvl_client.types import (
+    Answer,
+    ChatEvent,
+    ChatOptions,
+    ConversationInfo,
+    Delta,
+    Image,
+    Message,
+    Part,
+    Started,
+    TurnOptions,
+    UploadedMedia,
+)
+from internvl_serving.gateway.v1 import (
+    chat_service_pb2_grpc,
+    conversation_service_pb2,
+    conversation_service_pb2_grpc,
+    media_service_pb2,
+    media_service_pb2_grpc,
+)
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+_SERVING = 1  # of grpc.health.v1
+
+
+class EventStream:
+    """The events of one answer, in order. Closing it, or leaving it as a context, cancels the call.
+
+    Iterating raises `InternVLError`. One thread only.
+    """
+
+    def __init__(self, events: Generator[ChatEvent, None, None], request_id: str) -> None:
+        self._events = events
+        self.request_id = request_id
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> ChatEvent:
+        return next(self._events)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the call unless it has ended."""
+        self._events.close()
+
+
+class AnswerStream:
+    """The text of one answer as it comes. Closing it, or leaving it as a context, cancels the call."""
+
+    def __init__(self, events: EventStream) -> None:
+        self._events = events
+        self._collector = AnswerCollector(events.request_id)
+        self.request_id = events.request_id
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Delta:
+        for event in self._events:
+            self._collector.add(event)
+            if isinstance(event, Delta):
+                return event
+        raise StopIteration
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel the call unless it has ended."""
+        self._events.close()
+
+    @property
+    def started(self) -> Started | None:
+        """The first event, once it has come."""
+        return self._collector.started
+
+    def answer(self) -> Answer:
+        """Return the whole answer, waiting for what has not come yet."""
+        for _ in self:
+            pass
+        return self._collector.answer()
+
+
+class Client:
+    """Talks to a gateway.
+
+    `timeout_s` is the default for every call. `credentials` (see `grpc.ssl_channel_credentials`) turn TLS on.
+    `metadata` goes with every call. Failed calls raise `InternVLError`. Close the client, or use it as a context.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._metadata = tuple(metadata)
+        self._channel = (
+            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        )
+        self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
+        self._conversations = conversation_service_pb2_grpc.ConversationServiceStub(self._channel)
+        self._media = media_service_pb2_grpc.MediaServiceStub(self._channel)
+        self._known = KnownDigests()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End running calls and the connection."""
+        self._channel.close()
+
+    def chat(self, content: Iterable[Message | Part], **options: Unpack[ChatOptions]) -> EventStream:
+        """Return the events of the answer to `content`: a dialogue, or the parts of one user message."""
+        return self._stream(plan_chat(content, options, options.get("system_message")), options)
+
+    def stream(self, *content: Message | Part, **options: Unpack[ChatOptions]) -> AnswerStream:
+        """Return the answer to `content` as it comes."""
+        return AnswerStream(self.chat(content, **options))
+
+    def ask(self, *content: Message | Part, **options: Unpack[ChatOptions]) -> Answer:
+        """Return the whole answer to `content`."""
+        with self.stream(*content, **options) as stream:
+            return stream.answer()
+
+    def create_conversation(
+        self, *, system_message: str | None = None, ttl_s: float | None = None, timeout_s: float | None = None
+    ) -> Conversation:
+        """Begin a dialogue that the server keeps for `ttl_s` after its last turn (None: the server's default)."""
+        request = convert.create_conversation_request(system_message, ttl_s)
+        response = self._unary(self._conversations.CreateConversation, request, self._scope(timeout_s))
+        return self.conversation(response.conversation.conversation_id)
+
+    def conversation(self, conversation_id: str) -> Conversation:
+        """Return the kept dialogue of this id; nothing is sent yet."""
+        return Conversation(self, conversation_id)
+
+    def find_missing(self, digests: Sequence[str], *, timeout_s: float | None = None) -> list[str]:
+        """Return those of `digests` whose bytes the server does not hold."""
+        return self._find_missing(digests, self._scope(timeout_s))
+
+    def upload(self, image: Image, *, timeout_s: float | None = None) -> UploadedMedia:
+        """Upload a picture whether or not the server holds it; raise `ValueError` when its bytes are not known."""
+        if image.content is None:
+            raise ValueError("An image made from a digest has no bytes to upload.")
+        return self._upload(image.digest, image.content, self._scope(timeout_s))
+
+    def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Return whether the gateway says that it serves; raise `UnavailableError` when nobody answers."""
+        # Health messages have one field each, so the well-known wrappers have the same wire format.
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check", StringValue.SerializeToString, Int32Value.FromString
+        )
+        return self._unary(check, StringValue(value="readiness"), self._scope(timeout_s)).value == _SERVING
+
+    def _stream(self, plan: ChatPlan, options: TurnOptions) -> EventStream:
+        scope = self._scope(options.get("timeout_s"), options.get("request_id"))
+        return EventStream(self._events(plan, scope), scope.request_id)
+
+    def _events(self, plan: ChatPlan, scope: CallScope) -> Generator[ChatEvent, None, None]:
+        self._provide(plan.uploads, scope)
+        try:
+            yield from self._attempt(plan, scope)
+        except NotFoundError as error:
+            if not plan.mends(error):
+                raise
+            self._known.discard(plan.held)
+            self._provide(plan.held, scope)
+            yield from self._attempt(plan, scope)
+
+    def _attempt(self, plan: ChatPlan, scope: CallScope) -> Generator[ChatEvent, None, None]:
+        call = self._chat.Chat(plan.request, **scope.options())
+        try:
+            with translated(self.address, scope.request_id):
+                for response in call:
+                    if event := convert.event_of(response):
+                        yield event
+        finally:
+            call.cancel()
+
+    def _provide(self, contents: Mapping[str, bytes], scope: CallScope) -> None:
+        unknown = self._known.unknown(contents)
+        if not unknown:
+            return
+        for digest in self._find_missing(unknown, scope):
+            self._upload(digest, contents[digest], scope)
+        self._known.add(unknown)
+
+    def _find_missing(self, digests: Sequence[str], scope: CallScope) -> list[str]:
+        missing: list[str] = []
+        for start in range(0, len(digests), MAX_DIGESTS_PER_REQUEST):
+            request = media_service_pb2.FindMissingRequest(digests=digests[start : start + MAX_DIGESTS_PER_REQUEST])
+            missing += self._unary(self._media.FindMissing, request, scope).missing_digests
+        return missing
+
+    def _upload(self, digest: str, content: bytes, scope: CallScope) -> UploadedMedia:
+        with translated(self.address, scope.request_id):
+            response = self._media.Upload(convert.upload_requests(digest, content), **scope.options())
+        return convert.uploaded_of(response)
+
+    def _unary(
+        self, method: grpc.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, scope: CallScope
+    ) -> ResponseT:
+        with translated(self.address, scope.request_id):
+            return method(request, **scope.options())
+
+    def _scope(self, timeout_s: float | None, request_id: str | None = None) -> CallScope:
+        return CallScope(request_id, self._timeout_s if timeout_s is None else timeout_s, self._metadata)
+
+
+class Conversation:
+    """A dialogue that the server keeps, so that a turn carries only what is new. One turn at a time.
+
+    Pictures of earlier turns are remembered here, to be uploaded again should the server have lost them.
+    """
+
+    def __init__(self, client: Client, conversation_id: str) -> None:
+        self._client = client
+        self._earlier: dict[str, Image] = {}
+        self.conversation_id = conversation_id
+
+    def chat(self, parts: Iterable[Part], **options: Unpack[TurnOptions]) -> EventStream:
+        """Return the events of the answer to one more user message."""
+        message = Message.user(*parts)
+        plan = plan_chat([message], options, conversation_id=self.conversation_id, earlier=self._earlier)
+        self._earlier |= {image.digest: image for image in message.images}
+        return self._client._stream(plan, options)
+
+    def stream(self, *parts: Part, **options: Unpack[TurnOptions]) -> AnswerStream:
+        """Return the answer to one more user message as it comes."""
+        return AnswerStream(self.chat(parts, **options))
+
+    def ask(self, *parts: Part, **options: Unpack[TurnOptions]) -> Answer:
+        """Return the whole answer to one more user message."""
+        with self.stream(*parts, **options) as stream:
+            return stream.answer()
+
+    def info(self, *, timeout_s: float | None = None) -> ConversationInfo:
+        """Return the conversation as the server has it."""
+        request = conversation_service_pb2.GetConversationRequest(conversation_id=self.conversation_id)
+        client = self._client
+        response = client._unary(client._conversations.GetConversation, request, client._scope(timeout_s))
+        return convert.conversation_of(response.conversation)
+
+    def messages(self, *, page_size: int = 100, timeout_s: float | None = None) -> Iterator[Message]:
+        """Yield the messages, oldest first; their pictures are digests. `timeout_s` is per page."""
+        client = self._client
+        request = conversation_service_pb2.ListMessagesRequest(
+            conversation_id=self.conversation_id, page_size=page_size
+        )
+        while True:
+            response = client._unary(client._conversations.ListMessages, request, client._scope(timeout_s))
+            yield from map(convert.message_of, response.messages)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
+
+    def delete(self, *, timeout_s: float | None = None) -> None:
+        """Have the server forget the conversation."""
+        request = conversation_service_pb2.DeleteConversationRequest(conversation_id=self.conversation_id)
+        client = self._client
+        client._unary(client._conversations.DeleteConversation, request, client._scope(timeout_s))

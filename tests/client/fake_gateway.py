@@ -1,0 +1,176 @@
+"""A gateway that does what a test says, over real gRPC on a port of its own."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from internvl_serving.common.v1 import embedding_pb2, generation_pb2
+from internvl_serving.gateway.v1 import (
+    chat_service_pb2,
+    chat_service_pb2_grpc,
+    content_pb2,
+    conversation_service_pb2,
+    conversation_service_pb2_grpc,
+    media_service_pb2,
+    media_service_pb2_grpc,
+)
+
+Responses = Iterator[chat_service_pb2.ChatResponse]
+
+
+class FakeGateway(
+    chat_service_pb2_grpc.ChatServiceServicer,
+    conversation_service_pb2_grpc.ConversationServiceServicer,
+    media_service_pb2_grpc.MediaServiceServicer,
+):
+    """Holds media by digest, refuses chats that name others, and answers the rest with `answer`."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.media: dict[str, bytes] = {}
+        self.chats: list[chat_service_pb2.ChatRequest] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.uploads: list[list[int]] = []
+        self.asked: list[list[str]] = []
+        self.cancelled = threading.Event()
+        self.conversations: dict[str, conversation_service_pb2.CreateConversationRequest] = {}
+        self.answer: Callable[[chat_service_pb2.ChatRequest, grpc.ServicerContext], Responses] = (
+            lambda request, context: answer_of("It ", "is a cat.")
+        )
+
+    def Chat(self, request: chat_service_pb2.ChatRequest, context: grpc.ServicerContext) -> Responses:
+        self.chats.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        for digest in digests_of(request):
+            if digest not in self.media:
+                refuse(context, grpc.StatusCode.NOT_FOUND, "MEDIA_NOT_FOUND", resource_info(digest))
+        yield from self.answer(request, context)
+
+    def FindMissing(self, request: Any, context: Any) -> media_service_pb2.FindMissingResponse:
+        self.asked.append(list(request.digests))
+        missing = [digest for digest in request.digests if digest not in self.media]
+        return media_service_pb2.FindMissingResponse(missing_digests=missing)
+
+    def Upload(self, request_iterator: Any, context: Any) -> media_service_pb2.UploadResponse:
+        digest = next(request_iterator).header.digest
+        chunks = [request.chunk for request in request_iterator]
+        content = b"".join(chunks)
+        assert hashlib.sha256(content).hexdigest() == digest
+        self.uploads.append([len(chunk) for chunk in chunks])
+        self.media[digest] = content
+        return media_service_pb2.UploadResponse(digest=digest, size_bytes=len(content))
+
+    def CreateConversation(self, request: Any, context: Any) -> conversation_service_pb2.CreateConversationResponse:
+        identity = f"c{len(self.conversations)}"
+        self.conversations[identity] = request
+        return conversation_service_pb2.CreateConversationResponse(conversation=self._conversation(identity))
+
+    def GetConversation(self, request: Any, context: Any) -> conversation_service_pb2.GetConversationResponse:
+        if request.conversation_id not in self.conversations:
+            missing = resource_info(request.conversation_id)
+            refuse(context, grpc.StatusCode.NOT_FOUND, "CONVERSATION_NOT_FOUND", missing)
+        conversation = self._conversation(request.conversation_id)
+        return conversation_service_pb2.GetConversationResponse(conversation=conversation)
+
+    def ListMessages(self, request: Any, context: Any) -> conversation_service_pb2.ListMessagesResponse:
+        """Three messages, `page_size` at a time."""
+        start = int(request.page_token or 0)
+        end = min(3, start + request.page_size)
+        messages = [
+            content_pb2.Message(
+                role=generation_pb2.ROLE_USER,
+                message_id=str(number),
+                parts=[content_pb2.Part(text=str(number)), content_pb2.Part(media=content_pb2.Media(digest="d" * 64))],
+            )
+            for number in range(start, end)
+        ]
+        token = str(end) if end < 3 else ""
+        return conversation_service_pb2.ListMessagesResponse(messages=messages, next_page_token=token)
+
+    def DeleteConversation(self, request: Any, context: Any) -> conversation_service_pb2.DeleteConversationResponse:
+        del self.conversations[request.conversation_id]
+        return conversation_service_pb2.DeleteConversationResponse()
+
+    def _conversation(self, identity: str) -> conversation_service_pb2.Conversation:
+        created = self.conversations[identity]
+        return conversation_service_pb2.Conversation(
+            conversation_id=identity,
+            system_message=created.system_message if created.HasField("system_message") else None,
+        )
+
+
+@contextmanager
+def serving(gateway: FakeGateway) -> Iterator[FakeGateway]:
+    """Serve `gateway` on a free port."""
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    chat_service_pb2_grpc.add_ChatServiceServicer_to_server(gateway, server)
+    conversation_service_pb2_grpc.add_ConversationServiceServicer_to_server(gateway, server)
+    media_service_pb2_grpc.add_MediaServiceServicer_to_server(gateway, server)
+    server.start()
+    try:
+        yield gateway
+    finally:
+        server.stop(0).wait()
+
+
+def answer_of(*pieces: str, token_ids: bool = False) -> Responses:
+    """The events of a whole answer."""
+    yield chat_service_pb2.ChatResponse(
+        started=chat_service_pb2.ChatStarted(request_id="from-server", model="tiny", prompt_token_count=9)
+    )
+    for number, piece in enumerate(pieces):
+        delta = chat_service_pb2.ChatDelta(text=piece, token_ids=[number] if token_ids else [])
+        yield chat_service_pb2.ChatResponse(delta=delta)
+    yield chat_service_pb2.ChatResponse(
+        finished=chat_service_pb2.ChatFinished(
+            finish_reason=generation_pb2.FINISH_REASON_STOP,
+            usage=generation_pb2.TokenUsage(prompt_token_count=9, visual_token_count=4, output_token_count=3),
+            timings=chat_service_pb2.ChatTimings(decode_duration=Duration(nanos=500_000_000)),
+            receipts=[
+                chat_service_pb2.MediaReceipt(
+                    media_digest="a" * 64, tile_count=1, cache_tier=embedding_pb2.CACHE_TIER_NONE, token_count=4
+                )
+            ],
+        )
+    )
+
+
+def endless(gateway: FakeGateway, context: grpc.ServicerContext) -> Responses:
+    """Deltas until the call ends, which `gateway.cancelled` then says."""
+    context.add_callback(gateway.cancelled.set)
+    yield from list(answer_of())[:1]
+    while context.is_active():
+        yield chat_service_pb2.ChatResponse(delta=chat_service_pb2.ChatDelta(text="more "))
+        gateway.cancelled.wait(0.01)
+
+
+def refuse(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, *details: Message) -> None:
+    """End the call with one of our statuses."""
+    status = status_pb2.Status(code=code.value[0], message="Ours.")
+    for detail in (error_details_pb2.ErrorInfo(reason=reason, domain="internvl-serving"), *details):
+        status.details.add().Pack(detail)
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    context.abort(code, "Ours.")
+
+
+def resource_info(name: str) -> error_details_pb2.ResourceInfo:
+    """Names what is missing."""
+    return error_details_pb2.ResourceInfo(resource_name=name)
+
+
+def digests_of(request: chat_service_pb2.ChatRequest) -> list[str]:
+    """Digests of the media that the request does not carry inline."""
+    media = [part.media for message in request.messages for part in message.parts if part.HasField("media")]
+    for message in request.messages:
+        for part in message.parts:
+            media += part.group.media
+    return [medium.digest for medium in media if medium.digest]

@@ -1,0 +1,122 @@
+"""The `internvl` command against a scripted gateway."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from internvl_client import cli
+from internvl_client.running import RunningSystem, announce, find_running, withdraw
+from tests.client.fake_gateway import FakeGateway, answer_of, refuse
+
+
+@pytest.fixture(autouse=True)
+def own_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs here, whatever runs on the machine."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("INTERNVL_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(b"not looked at here")
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any, ...]:
+    """Run the command; return exit code or message, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["internvl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_chat_prints_the_answer_and_what_it_cost(
+    gateway: FakeGateway, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out = run(capsys, monkeypatch, "chat", "-i", picture, "What?", "--address", gateway.address)
+    assert code == 0
+    assert out.startswith("It is a cat.\n")
+    assert "9 read (4 visual, 0 cached), 3 written, ended by STOP" in out
+    assert "4.0 tokens/s" in out
+    assert "encode 0 ms, cached from now on" in out
+    request = gateway.chats[0]
+    assert [part.WhichOneof("content") for part in request.messages[0].parts] == ["media", "text"]
+
+
+def test_the_address_comes_from_the_environment_or_the_note(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _ = run(capsys, monkeypatch, "chat", "What?")
+    assert "internvl up" in code
+    announce(RunningSystem(gateway.address, "model", os.getpid()))
+    assert run(capsys, monkeypatch, "chat", "What?")[0] == 0
+    monkeypatch.setenv("INTERNVL_ADDRESS", "127.0.0.1:1")
+    assert "127.0.0.1:1" in run(capsys, monkeypatch, "chat", "What?")[0]
+
+
+def test_an_error_is_one_line_with_its_reason(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.answer = lambda request, context: refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "EMPTY_MESSAGE")  # type: ignore[assignment,return-value]
+    code, _ = run(capsys, monkeypatch, "chat", "", "--address", gateway.address)
+    assert code.startswith("internvl: Ours. [EMPTY_MESSAGE, request id ")
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.answer = lambda request, context: answer_of("\x1b[2J\x07[bold]Hi[/bold]\n\ttab")
+    _, out = run(capsys, monkeypatch, "chat", "What?", "--address", gateway.address)
+    assert out.startswith("\ufffd[2J\ufffd[bold]Hi[/bold]\n\ttab\n")
+
+
+def test_a_conversation_is_typed_line_by_line(
+    gateway: FakeGateway, picture: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter([f"/image '{picture}'", "What?", "", "/image nowhere.png", "And now?", "/quit", "Never sent"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    code, out = run(capsys, monkeypatch, "chat", "--address", gateway.address, "--system", "Be brief.")
+    assert code == 0
+    assert out.count("It is a cat.") == 2
+    assert "cannot read nowhere.png: No such file or directory." in out
+    assert [len(request.messages[0].parts) for request in gateway.chats] == [2, 1]
+    assert {request.conversation_id for request in gateway.chats} == {"c0"}
+    assert gateway.conversations["c0"].system_message == "Be brief."
+
+
+def test_a_note_of_a_process_that_has_gone_counts_for_nothing() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    announce(RunningSystem("127.0.0.1:1", "model", ended.pid))
+    assert find_running() is None
+
+
+def test_a_note_is_withdrawn_only_by_its_own_system() -> None:
+    first, second = (RunningSystem(f"127.0.0.1:{port}", "model", os.getpid()) for port in (1, 2))
+    announce(first)
+    announce(second)
+    withdraw(first)
+    assert find_running() == second
+    withdraw(second)
+    assert find_running() is None
+
+
+def test_the_library_imports_nothing_that_only_the_command_needs() -> None:
+    program = "import sys, internvl_client; print({'typer', 'rich', 'deploy', 'shared', 'redis'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout == "set()\n"
+
+
+def test_the_command_without_its_libraries_says_what_to_install() -> None:
+    program = "import sys; sys.modules['typer'] = None; from internvl_client.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "internvl: the command needs typer, which is not installed: pip install 'internvl-serving[local]'\n"
+    )

@@ -1,0 +1,104 @@
+"""Child processes and the local Valkey: started, stopped, and gone with whoever started them."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from deploy.local import LocalStack, StackError, StackOptions
+from deploy.local.process import ChildProcess
+from deploy.local.valkey import LocalValkey
+
+PYTHON = sys.executable
+STUBBORN = "from signal import *; import time; signal(SIGTERM, SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+SPAWN = (
+    "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+)
+
+
+def child(tmp_path: Path, program: str, said: str = "") -> ChildProcess:
+    return ChildProcess("child", [PYTHON, "-c", program], {"COLOUR": "green"}, tmp_path / "child.log", said)
+
+
+def until(condition: Callable[[], object]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_child_gets_its_environment_and_input_and_leaves_a_log(tmp_path: Path) -> None:
+    process = child(tmp_path, "import os; print(os.environ['COLOUR'], input()); raise SystemExit(3)", said="light\n")
+    assert process.wait(20) == 3
+    assert process.last_lines() == ["green light"]
+
+
+def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    process = child(tmp_path, STUBBORN)
+    assert until(process.last_lines)
+    assert process.memory_bytes > 1 << 20
+    process.stop(grace_s=0.1)
+    assert process.exit_code == -signal.SIGKILL
+
+
+def test_stopping_a_child_ends_what_it_has_started(tmp_path: Path) -> None:
+    process = child(tmp_path, f"{SPAWN}; sys.stdout.flush(); time.sleep(60)")
+    assert until(process.last_lines)
+    grandchild = int(process.last_lines()[0])
+    process.stop(grace_s=5)
+    assert until(lambda: not is_running(grandchild))
+
+
+def test_a_child_dies_with_a_starter_that_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from deploy.local.process import ChildProcess\n"
+        "print(ChildProcess('c', [sys.executable, '-c', 'import time; time.sleep(60)'], {}, Path(sys.argv[1])).pid)\n"
+        "sys.stdout.flush(); time.sleep(60)"
+    )
+    with subprocess.Popen([PYTHON, "-c", program, tmp_path / "log"], stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        assert is_running(pid)
+        starter.kill()
+    assert until(lambda: not is_running(pid))
+
+
+def test_valkey_keeps_its_password_and_nothing_on_disk(tmp_path: Path) -> None:
+    valkey = LocalValkey(tmp_path)
+    try:
+        with Redis.from_url(valkey.url(1)) as redis:
+            redis.set("key", "value")
+            assert redis.get("key") == b"value"
+            assert redis.config_get("maxmemory-policy") == {"maxmemory-policy": "volatile-lru"}
+        with Redis(port=valkey.port) as stranger, pytest.raises(Exception, match="authenticated"):
+            stranger.get("key")
+        command_line = Path(f"/proc/{valkey.process.pid}/cmdline").read_text()
+        assert valkey.url(0).split("@")[0].rpartition(":")[2] not in command_line
+    finally:
+        valkey.process.stop(5)
+    assert [path.name for path in tmp_path.iterdir()] == ["valkey.log"]
+
+
+def test_a_stack_that_cannot_start_stops_what_it_has_started(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    stack = LocalStack(StackOptions(tmp_path / "model", logs=tmp_path / "logs"))
+    with pytest.raises(StackError, match="stopped while starting") as caught:
+        stack.start()
+    assert "config.json is missing" in "\n".join(caught.value.log_lines)
+    assert all(process.exit_code is not None for process in stack.processes.values())
+    assert not list((tmp_path / "logs").glob("*.address"))
