@@ -17,8 +17,7 @@ from deploy.local.service import LoadedModel, Service
 from deploy.local.valkey import LocalValkey, ValkeyError
 
 _POLL_S = 0.1
-_DRAIN_GRACE_S = 5.0
-_STOP_GRACE_S = _DRAIN_GRACE_S + 5.0
+_EXIT_GRACE_S = 5.0  # what a service gets to leave after its drain
 
 
 class StackError(Exception):
@@ -43,6 +42,7 @@ class StackOptions:
     dtype: str = "auto"
     logs: Path | None = None
     start_timeout_s: float = 900.0
+    drain_grace_s: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class LocalStack:
         """Stop the parts, last started first, and remove what they left; logs stay where a part has failed."""
         try:
             for part in reversed(self._parts):
-                part.process.stop(_STOP_GRACE_S)
+                part.process.stop(self._options.drain_grace_s + _EXIT_GRACE_S)
         finally:  # a second Ctrl-C hurries
             for part in self._parts:
                 part.process.kill()
@@ -186,7 +186,7 @@ class LocalStack:
         return self._add(name, f"{name}_service", flags, environment)
 
     def _add(self, name: str, module: str, flags: list[str], environment: dict[str, str]) -> Service:
-        flags += ["--drain-grace-s", str(_DRAIN_GRACE_S), "--log-format", "json"]
+        flags += ["--drain-grace-s", str(self._options.drain_grace_s), "--log-format", "json"]
         service = Service(name, module, flags, environment, self.directory)
         self._parts.append(_Part(name, service.process, service))
         return service

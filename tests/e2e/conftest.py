@@ -23,7 +23,8 @@ def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartStack
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in environment.items():
                     patch.setenv(name, value)
-                return stacks.enter_context(LocalStack(StackOptions(model, logs=tmp_path_factory.mktemp("logs"))))
+                options = StackOptions(model, logs=tmp_path_factory.mktemp("logs"), drain_grace_s=60)
+                return stacks.enter_context(LocalStack(options))
 
         yield start
 

@@ -72,7 +72,7 @@ def test_sigterm_lets_a_running_answer_end_and_every_service_exits_0(doomed: Loc
             for name in ("gateway", "llm", "vision"):
                 doomed.processes[name].terminate()
             assert stream.answer().usage.num_output_tokens == 200
-        assert [doomed.processes[name].wait(20) for name in ("gateway", "llm", "vision")] == [0, 0, 0]
+        assert [doomed.processes[name].wait(60) for name in ("gateway", "llm", "vision")] == [0, 0, 0]
         with pytest.raises(UnavailableError):
             client.ask("Is anybody there?")
 
