@@ -3,17 +3,19 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import structlog
 import torch
 
+from llm_service.admission import Admission
 from llm_service.embeddings import EmbeddingReader, FetchedEmbedding
 from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import Engine
 from llm_service.engine.sequence import EngineRequest, FinishReason, SamplingParams, TokenOutput
-from llm_service.prompt.dialogue import Dialogue, EmbeddingRef
+from llm_service.prompt.dialogue import Dialogue
 from llm_service.prompt.splice import PromptTokens, splice
 from llm_service.prompt.template import Template
 from llm_service.prompt.text_stream import TextStream
@@ -23,6 +25,7 @@ from shared.tensors import tensor_of
 
 log = structlog.get_logger()
 _INLINE_CHARACTERS = 8_192  # what is tokenized on the event loop; longer prompts go to a thread
+_CHARACTERS_PER_TOKEN = 16  # far above what any language needs; text with more cannot fit and is not even tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,38 +88,49 @@ class Answerer:
         tokenizer: Tokenizer,
         reader: EmbeddingReader,
         engine: Engine,
+        admission: Admission,
     ) -> None:
         self.facts = facts
         self._template = template
         self._tokenizer = tokenizer
         self._reader = reader
         self._engine = engine
+        self._admission = admission
+        # One thread: long prompts wait for one another and not for the event loop.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
 
     async def tokenize(self, dialogue: Dialogue) -> PromptTokens:
-        """Return the prompt's tokens; raise `EmbeddingIncompatible` for a handle of another model."""
+        """Return the prompt's tokens.
+
+        Raises `EmbeddingIncompatible` for a handle of another model, and `PromptTooLong` where it is plain without
+        looking closer that the context cannot hold the prompt.
+        """
+        self._check(dialogue)
         pieces = self._template.render(dialogue)
-        size = sum(len(getattr(piece, "text", "")) for piece in pieces)
-        for ref in (getattr(piece, "ref", None) for piece in pieces):
-            if ref is not None:
-                self._check(ref)
-        if size <= _INLINE_CHARACTERS:
+        if dialogue.num_characters <= _INLINE_CHARACTERS:
             return splice(pieces, self._tokenizer)
-        return await asyncio.to_thread(splice, pieces, self._tokenizer)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, splice, pieces, self._tokenizer)
 
     async def answer(self, dialogue: Dialogue, options: GenerationOptions) -> AsyncGenerator[Event]:
-        """Yield one `Started`, any number of `Delta`, one `Finished`. Closing the iterator aborts the answer."""
-        prompt = await self.tokenize(dialogue)
-        self._check_length(prompt)
-        fetched = await self._fetch(prompt)
-        request = EngineRequest(prompt, self._tensors(fetched), options.sampling)
-        yield Started(prompt)
-        events = self._decode(request, options) if options.num_beams == 1 else self._search(request, options)
-        async with aclosing(events):
-            async for event in events:
-                yield replace(event, transfers=fetched) if isinstance(event, Finished) else event
+        """Yield one `Started`, any number of `Delta`, one `Finished`. Closing the iterator aborts the answer.
+
+        Raises `QueueFull` at once where too many answers are in progress, and what `tokenize` and the engine raise.
+        """
+        with self._admission.answer():
+            prompt = await self.tokenize(dialogue)
+            self._check_length(len(prompt.ids))
+            async with self._admission.embeddings(self._embedding_bytes(prompt)):
+                fetched = await self._fetch(prompt)
+                request = EngineRequest(prompt, self._tensors(fetched), options.sampling)
+                yield Started(prompt)
+                events = self._decode(request, options) if options.num_beams == 1 else self._search(request, options)
+                async with aclosing(events):
+                    async for event in events:
+                        yield replace(event, transfers=fetched) if isinstance(event, Finished) else event
 
     async def _decode(self, request: EngineRequest, options: GenerationOptions) -> AsyncGenerator[Event]:
-        text = TextStream(self._tokenizer, (*options.stop_sequences, self._template.stop_token))
+        text = self._text_stream(options)
         clock = _Clock()
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
@@ -134,7 +148,7 @@ class Answerer:
     async def _search(self, request: EngineRequest, options: GenerationOptions) -> AsyncGenerator[Event]:
         clock = _Clock()
         token_ids = await beam_search(self._engine, request, options.num_beams)
-        text = TextStream(self._tokenizer, (*options.stop_sequences, self._template.stop_token))
+        text = self._text_stream(options)
         spoken = [token for token in token_ids if token not in request.params.stop_token_ids]
         whole = "".join(map(text.push, spoken)) + text.finish()
         yield Delta(whole, token_ids)
@@ -149,16 +163,34 @@ class Answerer:
     def _tensors(self, fetched: tuple[FetchedEmbedding, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor_of(entry.embedding).to(self.facts.dtype) for entry in fetched)
 
-    def _check(self, ref: EmbeddingRef) -> None:
-        rows = ref.tile_count * self.facts.tokens_per_tile
-        if ref.hidden_size != self.facts.hidden_size or ref.token_count != rows:
-            raise EmbeddingIncompatible("The embedding was made for another model than this one.")
+    def _text_stream(self, options: GenerationOptions) -> TextStream:
+        """Return the stream that the answer's text goes through; the model's end token ends it as text, too."""
+        ends = (self._template.stop_token,) if options.sampling.stop_token_ids else ()
+        return TextStream(self._tokenizer, (*options.stop_sequences, *ends))
 
-    def _check_length(self, prompt: PromptTokens) -> None:
-        """Refuse before anything is fetched; the engine checks again."""
-        if len(prompt.ids) >= self._engine.max_tokens:
+    def _embedding_bytes(self, prompt: PromptTokens) -> int:
+        distinct = {placeholder.ref.digest: placeholder.length for placeholder in prompt.placeholders}
+        return sum(distinct.values()) * self.facts.hidden_size * self.facts.dtype.itemsize
+
+    def _check(self, dialogue: Dialogue) -> None:
+        """Refuse what cannot be right or cannot fit, before anything is built for it."""
+        for ref in dialogue.embeddings:
+            rows = ref.tile_count * self.facts.tokens_per_tile
+            if ref.hidden_size != self.facts.hidden_size or ref.token_count != rows:
+                raise EmbeddingIncompatible("The embedding was made for another model than this one.")
+        self._check_length(sum(ref.token_count for ref in dialogue.embeddings))
+        limit = self._engine.max_tokens
+        if dialogue.num_characters > limit * _CHARACTERS_PER_TOKEN:
             raise PromptTooLong(
-                f"The prompt has {len(prompt.ids)} tokens; the context holds {self._engine.max_tokens}.", field="prompt"
+                f"The prompt has {dialogue.num_characters} characters; the context holds {limit} tokens.",
+                field="prompt",
+            )
+
+    def _check_length(self, num_tokens: int) -> None:
+        """Refuse before anything is fetched; the engine checks again."""
+        if num_tokens >= self._engine.max_tokens:
+            raise PromptTooLong(
+                f"The prompt has {num_tokens} tokens; the context holds {self._engine.max_tokens}.", field="prompt"
             )
 
 

@@ -9,6 +9,7 @@ import structlog
 import torch
 
 from internvl_serving.llm.v1 import llm_service_pb2, llm_service_pb2_grpc
+from llm_service.admission import Admission
 from llm_service.answerer import Answerer, LanguageModelFacts
 from llm_service.clients import VisionReplicas
 from llm_service.embeddings import EmbeddingReader
@@ -42,18 +43,23 @@ async def lifespan(settings: LlmSettings, address: str) -> AsyncIterator[Applica
     async with AsyncExitStack() as stack:
         reader = await _open_reader(settings, stack)
         servicer = LlmServicer(settings.default_output_tokens)
+        broken = asyncio.Event()
 
         async def warm_up() -> None:
             model = await asyncio.to_thread(LoadedModel, settings)
             engine = model.engine()
-            engine.start()
+            engine.start(broken.set)
             stack.callback(engine.stop)
             async for _ in engine.generate(_WARM_UP):
                 pass
-            servicer.answerer = Answerer(model.facts(), model.template, model.tokenizer, reader, engine)
+            admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
+            servicer.answerer = Answerer(model.facts(), model.template, model.tokenizer, reader, engine, admission)
 
         yield Application(
-            lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server), [_SERVICE], warm_up
+            register=lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server),
+            services=[_SERVICE],
+            warm_up=warm_up,
+            broken=broken,
         )
 
 
@@ -88,7 +94,6 @@ class LoadedModel:
             max_sequences=settings.max_sequences,
             max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences),
             max_tokens=settings.max_context_tokens or self.decoder.config.rope.max_positions,
-            max_open=settings.max_open_requests,
         )
         return PagedEngine(*self.runner(), limits)
 
@@ -96,7 +101,12 @@ class LoadedModel:
         """Return a runner with a KV cache of its own, and the manager of the cache's blocks."""
         settings, decoder = self._settings, self.decoder
         num_blocks = self._num_blocks()
-        cache = KVCache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
+        try:
+            cache = KVCache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
+        except RuntimeError:  # torch's out of memory, on a CPU and on a GPU
+            raise CheckpointError(
+                f"there is no memory for {num_blocks} blocks of KV cache; set kv_cache_bytes."
+            ) from None
         log.info("kv_cache_ready", tokens=num_blocks * settings.block_size)
         return ModelRunner(decoder, cache), BlockManager(num_blocks, settings.block_size)
 

@@ -1,15 +1,19 @@
 """The LLM service's client of the vision replicas: streams an embedding from the one that made it."""
 
+from collections.abc import AsyncIterator
+
 import grpc
 import structlog
 
 from internvl_serving.vision.v1 import vision_service_pb2 as pb
 from internvl_serving.vision.v1 import vision_service_pb2_grpc
+from llm_service.embeddings import check_shape
 from llm_service.prompt.dialogue import EmbeddingRef
 from shared.embedding import Embedding, EmbeddingInfo
 from shared.errors import EmbeddingNotFound
 from shared.rpc.channel import open_channel
 from shared.rpc.deadline import outgoing
+from shared.rpc.messages import DATA_TYPE_OF_MESSAGE
 
 log = structlog.get_logger()
 _FETCH_LIMIT_S = 30.0
@@ -23,23 +27,31 @@ class VisionReplicas:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def fetch(self, ref: EmbeddingRef) -> Embedding:
-        """Return the embedding; raise `EmbeddingNotFound` if the replica is gone or no longer has it."""
+        """Return the embedding.
+
+        Raises `EmbeddingNotFound` if the replica is gone or no longer has it, `EmbeddingIncompatible` if what it has is
+        not what `ref` says.
+        """
         stub = vision_service_pb2_grpc.VisionServiceStub(self._channel(ref.source))
         call = stub.FetchEmbedding(pb.FetchEmbeddingRequest(digest=ref.digest), **outgoing(_FETCH_LIMIT_S))
-        payload = bytearray()
         try:
-            async for message in call:
-                payload += message.chunk
+            return await _received(ref, aiter(call))
         except grpc.aio.AioRpcError as error:
             log.info("embedding_fetch_failed", source=ref.source, status=error.code().name)
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                await self._forget(ref.source)
             raise _gone(ref) from None
         finally:
             call.cancel()
-        return _embedding_of(ref, payload)
 
     async def aclose(self) -> None:
         """Close the channels."""
         for channel in self._channels.values():
+            await channel.close()
+
+    async def _forget(self, source: str) -> None:
+        """Close the channel to a replica that is gone, so that it does not try to reconnect for ever."""
+        if channel := self._channels.pop(source, None):
             await channel.close()
 
     def _channel(self, source: str) -> grpc.aio.Channel:
@@ -48,12 +60,24 @@ class VisionReplicas:
         return self._channels[source]
 
 
-def _embedding_of(ref: EmbeddingRef, payload: bytearray) -> Embedding:
-    # The picture's size is nobody's business here; only the tensor's shape is checked.
-    info = EmbeddingInfo(ref.tile_count, ref.token_count, ref.hidden_size, ref.data_type, 1, 1, 1, 1)
+async def _received(ref: EmbeddingRef, messages: AsyncIterator[pb.FetchEmbeddingResponse]) -> Embedding:
+    header = (await anext(messages, pb.FetchEmbeddingResponse())).header
+    info = _info_of(header)
+    check_shape(ref, info)
+    payload = bytearray()
+    async for message in messages:
+        payload += message.chunk
+        if len(payload) > info.size_bytes:
+            break
     if len(payload) != info.size_bytes:
         raise _gone(ref)
     return Embedding(ref.digest, info, payload)
+
+
+def _info_of(header: pb.FetchEmbeddingHeader) -> EmbeddingInfo:
+    data_type = DATA_TYPE_OF_MESSAGE.get(header.data_type, "float32")
+    # The picture's size is nobody's business here; only the tensor's shape counts.
+    return EmbeddingInfo(header.tile_count, header.token_count, header.hidden_size, data_type, 1, 1, 1, 1)
 
 
 def _gone(ref: EmbeddingRef) -> EmbeddingNotFound:

@@ -13,7 +13,8 @@ from shared.digest import checked_digest
 from shared.errors import InvalidGenerationConfig, InvalidRequest
 from shared.rpc.messages import DATA_TYPE_OF_MESSAGE, duration_of
 
-MAX_STOP_SEQUENCES, MAX_STOP_CHARACTERS, MAX_BEAMS = 16, 256, 16
+MAX_STOP_SEQUENCES, MAX_STOP_CHARACTERS, MAX_BEAMS, MAX_TURNS = 16, 256, 16, 4096
+_LEAST_TEMPERATURE = 1e-5  # what is colder is greedy: dividing by it would leave the range of float32
 
 _ROLES = {generation_pb2.ROLE_USER: Role.USER, generation_pb2.ROLE_ASSISTANT: Role.ASSISTANT}
 _TIERS = {
@@ -29,6 +30,8 @@ _FINISH_REASONS = {
 
 def dialogue_of(prompt: pb.Prompt) -> Dialogue:
     """Return the dialogue of a prompt, or raise `InvalidRequest`."""
+    if len(prompt.turns) > MAX_TURNS:
+        raise InvalidRequest(f"A dialogue has at most {MAX_TURNS} turns.", field="prompt.turns")
     system_message = prompt.system_message if prompt.HasField("system_message") else None
     return Dialogue(tuple(_turn_of(turn, index) for index, turn in enumerate(prompt.turns)), system_message)
 
@@ -42,9 +45,10 @@ def options_of(
     for stop in stops:
         fits = 0 < len(stop) <= MAX_STOP_CHARACTERS
         _require(fits, "stop_sequences", f"Each has 1 to {MAX_STOP_CHARACTERS} characters.")
+    temperature = _checked(config, "temperature", 0.0, 0.0, 100.0)
     sampling = SamplingParams(
         max_output_tokens=int(_checked(config, "max_output_tokens", default_output_tokens, 1, 1 << 20)),
-        temperature=_checked(config, "temperature", 0.0, 0.0, 100.0),
+        temperature=temperature if temperature >= _LEAST_TEMPERATURE else 0.0,
         top_p=_checked(config, "top_p", 1.0, 1e-6, 1.0),
         top_k=int(_checked(config, "top_k", 0, 0, 1 << 20)),
         min_p=_checked(config, "min_p", 0.0, 0.0, 1.0),

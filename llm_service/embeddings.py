@@ -7,8 +7,9 @@ from enum import Enum
 from typing import Protocol
 
 from llm_service.prompt.dialogue import EmbeddingRef
-from shared.embedding import Embedding
-from shared.errors import EmbeddingIncompatible, EmbeddingNotFound
+from shared.embedding import Embedding, EmbeddingInfo
+from shared.errors import EmbeddingIncompatible
+from shared.rpc.deadline import detached
 from shared.store import EmbeddingStore, LocalEmbeddingCache
 
 
@@ -33,17 +34,20 @@ class EmbeddingSource(Protocol):
     """The vision replicas, as the LLM service sees them."""
 
     async def fetch(self, ref: EmbeddingRef) -> Embedding:
-        """Return the embedding from the replica that `ref` names, or raise `EmbeddingNotFound`."""
+        """Return the embedding from the replica that `ref` names.
+
+        Raises `EmbeddingNotFound` if it is gone and `EmbeddingIncompatible` if it is not what `ref` says.
+        """
 
 
 class EmbeddingReader:
-    """Reads embeddings by reference. Readers of the same embedding share one fetch, which no caller's end cancels."""
+    """Reads embeddings by reference. Readers of the same embedding share one fetch, which no caller's end ends."""
 
     def __init__(self, local: LocalEmbeddingCache, store: EmbeddingStore, vision: EmbeddingSource) -> None:
         self._local = local
         self._store = store
         self._vision = vision
-        self._fetches: dict[str, asyncio.Task[tuple[Embedding, FetchTier]]] = {}
+        self._fetches: dict[EmbeddingRef, asyncio.Task[tuple[Embedding, FetchTier]]] = {}
 
     async def read(self, ref: EmbeddingRef) -> FetchedEmbedding:
         """Return the embedding.
@@ -53,19 +57,19 @@ class EmbeddingReader:
         started = time.monotonic()
         known = self._local.get(ref.digest)
         embedding, tier = (known, FetchTier.LOCAL) if known else await asyncio.shield(self._shared_fetch(ref))
-        _check(ref, embedding)
+        check_shape(ref, embedding.info)
         return FetchedEmbedding(embedding, tier, time.monotonic() - started)
 
     def _shared_fetch(self, ref: EmbeddingRef) -> asyncio.Task[tuple[Embedding, FetchTier]]:
-        task = self._fetches.get(ref.digest)
+        task = self._fetches.get(ref)
         if task is None:
-            task = asyncio.create_task(self._fetch(ref))
-            self._fetches[ref.digest] = task
-            task.add_done_callback(lambda done: self._forget(ref.digest, done))
+            task = asyncio.create_task(self._fetch(ref), context=detached())
+            self._fetches[ref] = task
+            task.add_done_callback(lambda done: self._forget(ref, done))
         return task
 
-    def _forget(self, digest: str, task: asyncio.Task[tuple[Embedding, FetchTier]]) -> None:
-        del self._fetches[digest]
+    def _forget(self, ref: EmbeddingRef, task: asyncio.Task[tuple[Embedding, FetchTier]]) -> None:
+        del self._fetches[ref]
         if not task.cancelled():
             task.exception()  # looked at, so that a fetch whose callers have all left does not warn
 
@@ -79,16 +83,8 @@ class EmbeddingReader:
         return embedding, tier
 
 
-class NoEmbeddingSource:
-    """Stands where no vision replica can be asked."""
-
-    async def fetch(self, ref: EmbeddingRef) -> Embedding:
-        """Raise `EmbeddingNotFound`."""
-        raise EmbeddingNotFound("The embedding is in no cache; encode the medium again.", resource=ref.digest)
-
-
-def _check(ref: EmbeddingRef, embedding: Embedding) -> None:
-    info = embedding.info
+def check_shape(ref: EmbeddingRef, info: EmbeddingInfo) -> None:
+    """Raise `EmbeddingIncompatible` if an embedding is not what the reference to it says."""
     found = (info.tile_count, info.token_count, info.hidden_size, info.data_type)
     if found != (ref.tile_count, ref.token_count, ref.hidden_size, ref.data_type):
         raise EmbeddingIncompatible("The embedding is not what its handle says; encode the medium again.")

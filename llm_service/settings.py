@@ -31,4 +31,7 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
     max_sequences: int = Field(64, ge=1, description="sequences in one step")
     max_batch_tokens: int = Field(512, ge=64, description="tokens in one step; longer prompts are read in chunks")
     max_open_requests: int = Field(2048, ge=1, description="requests at a time; more are refused with QUEUE_FULL")
+    max_embedding_bytes: int = Field(
+        2 << 30, ge=1, description="memory for the embeddings of answers in progress; more wait for it"
+    )
     default_output_tokens: int = Field(1024, ge=1, description="max_output_tokens of a request that does not say")

@@ -30,13 +30,13 @@ class Hypothesis:
 
 async def beam_search(engine: Engine, request: EngineRequest, num_beams: int) -> tuple[int, ...]:
     """Return the best answer's tokens, its stop token included where it has one."""
-    params = request.params
+    stop_ids = request.params.stop_token_ids
     beams, finished = [Beam((), 0.0)], list[Hypothesis]()
-    for length in range(1, params.max_output_tokens + 1):
-        candidates = await _extended(engine, request, beams, num_beams)
+    for length in range(1, _max_length(engine, request) + 1):
+        candidates = await _extended(engine, request, beams, _num_candidates(num_beams, stop_ids))
         beams = []
-        for rank, beam in enumerate(candidates[: 2 * num_beams]):
-            if beam.token_ids[-1] not in params.stop_token_ids:
+        for rank, beam in enumerate(candidates):
+            if beam.token_ids[-1] not in stop_ids:
                 beams.append(beam)
             elif rank < num_beams:
                 finished = _ranked([*finished, Hypothesis(beam.token_ids, beam.score / length)])[:num_beams]
@@ -48,11 +48,25 @@ async def beam_search(engine: Engine, request: EngineRequest, num_beams: int) ->
     return _ranked([*finished, *left_over])[0].token_ids
 
 
-async def _extended(engine: Engine, request: EngineRequest, beams: list[Beam], num_beams: int) -> list[Beam]:
-    """Return every beam's likeliest continuations, best first."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_continuations(engine, request, beam, 2 * num_beams)) for beam in beams]
-    return sorted((beam for task in tasks for beam in task.result()), key=lambda beam: beam.score, reverse=True)
+def _max_length(engine: Engine, request: EngineRequest) -> int:
+    """Return how long an answer may become; at least 1, so that a prompt without room is refused by the engine."""
+    return max(1, min(request.params.max_output_tokens, engine.max_tokens - len(request.prompt.ids)))
+
+
+def _num_candidates(num_beams: int, stop_ids: frozenset[int]) -> int:
+    """Return how many continuations count: so many that all beams go on even if every stop token is among them."""
+    return max(2, 1 + len(stop_ids)) * num_beams
+
+
+async def _extended(engine: Engine, request: EngineRequest, beams: list[Beam], count: int) -> list[Beam]:
+    """Return the `count` likeliest continuations of all beams, best first."""
+    tasks = [asyncio.create_task(_continuations(engine, request, beam, count)) for beam in beams]
+    try:
+        extended = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return sorted((beam for group in extended for beam in group), key=lambda beam: beam.score, reverse=True)[:count]
 
 
 async def _continuations(engine: Engine, request: EngineRequest, beam: Beam, count: int) -> list[Beam]:

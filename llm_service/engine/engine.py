@@ -18,7 +18,8 @@ from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.model_runner import SampledToken
 from llm_service.engine.scheduler import ScheduledTokens, Scheduler
 from llm_service.engine.sequence import EngineRequest, Sequence, TokenOutput
-from shared.errors import InternalError, PromptTooLong, QueueFull
+from shared.errors import InternalError, PromptTooLong
+from shared.rpc.deadline import request_id
 
 log = structlog.get_logger()
 _Delivery = tuple[Sequence, TokenOutput | Exception]
@@ -36,12 +37,11 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """How much the engine takes on: sequences and tokens per step, tokens per sequence, requests at a time."""
+    """How much the engine takes on: sequences and tokens per step, tokens per sequence."""
 
     max_sequences: int
     max_batch_tokens: int
     max_tokens: int
-    max_open: int
 
 
 class Engine(Protocol):
@@ -54,8 +54,8 @@ class Engine(Protocol):
     def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput]:
         """Yield the output tokens as they come. Closing the iterator aborts the sequence and frees its blocks.
 
-        Raises `PromptTooLong` where the prompt leaves no room for a token, `QueueFull` where too many wait, and
-        `InternalError` where this sequence's computation failed.
+        Raises `PromptTooLong` where the prompt leaves no room for a token, and `InternalError` where this sequence's
+        computation failed.
         """
 
     def stats(self) -> EngineStats:
@@ -77,9 +77,8 @@ class PagedEngine:
         self._blocks = blocks
         self._scheduler = Scheduler(blocks, limits.max_sequences, limits.max_batch_tokens)
         self._max_tokens = min(limits.max_tokens, blocks.num_blocks * blocks.block_size)
-        self._max_open = limits.max_open
-        self._num_open = 0
         self._broken = False
+        self._on_broken: Callable[[], object] = lambda: None
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -89,9 +88,10 @@ class PagedEngine:
         """Most tokens that one sequence may have."""
         return self._max_tokens
 
-    def start(self) -> None:
-        """Start the model thread."""
+    def start(self, on_broken: Callable[[], object] = lambda: None) -> None:
+        """Start the model thread; `on_broken` is called on this event loop if the engine fails as a whole."""
         self._loop = asyncio.get_running_loop()
+        self._on_broken = on_broken
         self._thread.start()
 
     def stop(self) -> None:
@@ -103,8 +103,7 @@ class PagedEngine:
         """Yield the output tokens; see `Engine`."""
         request = self._checked(request)
         outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
-        seq = Sequence(request, outputs.put_nowait, time.monotonic())
-        self._num_open += 1
+        seq = Sequence(request, outputs.put_nowait, time.monotonic(), request_id())
         self._post(lambda: self._scheduler.add(seq))
         try:
             while True:
@@ -115,7 +114,6 @@ class PagedEngine:
                 if output.finish_reason is not None:
                     return
         finally:
-            self._num_open -= 1
             self._post(lambda: self._scheduler.remove(seq))  # the abort; nothing, if it has finished
 
     def stats(self) -> EngineStats:
@@ -134,8 +132,6 @@ class PagedEngine:
                 f"The prompt has {len(request.prompt.ids)} tokens; the context holds {self._max_tokens}.",
                 field="prompt",
             )
-        if self._num_open >= self._max_open:
-            raise QueueFull("Too many requests are waiting for the language model.", retry_after_s=1.0)
         max_output_tokens = min(request.params.max_output_tokens, room)
         return replace(request, params=replace(request.params, max_output_tokens=max_output_tokens))
 
@@ -153,7 +149,14 @@ class PagedEngine:
         except Exception:
             log.critical("engine_stopped", exc_info=True)
             self._broken = True
+            self._call_loop(self._on_broken)
+            self._refuse_everything()
+
+    def _refuse_everything(self) -> None:
+        """Fail what is there and whatever was posted before its sender could know."""
+        while not self._stopping:
             self._deliver([self._fail(seq) for seq in (*self._scheduler.running, *self._scheduler.waiting)])
+            self._commands.get()()
 
     def _take_commands(self) -> None:
         """Carry out what was posted; wait for something when there is nothing to compute."""
@@ -173,7 +176,7 @@ class PagedEngine:
             if len(batch) > 1:
                 log.warning("step_failed", error=type(error).__name__, sequences=len(batch))
                 return [delivery for tokens in batch for delivery in self._compute([tokens])]
-            log.exception("sequence_failed")
+            log.exception("sequence_failed", request_id=batch[0].seq.request_id)
             return [self._fail(batch[0].seq)]
 
     def _advance(self, batch: list[ScheduledTokens], sampled: list[SampledToken]) -> list[_Delivery]:
@@ -184,7 +187,7 @@ class PagedEngine:
 
     def _append(self, seq: Sequence, sampled: SampledToken) -> _Delivery:
         if sampled.token_id is None:
-            log.error("sequence_failed", cause="logits are not numbers")
+            log.error("sequence_failed", request_id=seq.request_id, cause="logits are not numbers")
             return self._fail(seq)
         seq.token_ids.append(sampled.token_id)
         reason = seq.finish_reason()
@@ -210,5 +213,9 @@ class PagedEngine:
             for seq, output in deliveries:
                 seq.deliver(output)
 
-        if deliveries and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(put_all)
+        if deliveries:
+            self._call_loop(put_all)
+
+    def _call_loop(self, callback: Callable[[], object]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback)

@@ -49,7 +49,10 @@ class ModelRunner:
     def _forward(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         device = self._decoder.device
         positions = _concatenated([range(t.seq.num_computed, t.seq.num_computed + t.count) for t in batch])
-        lengths = _concatenated([[t.seq.num_computed + t.count] * t.count for t in batch])
+        # As the reference rotates: a prompt with its whole length, a later token with the length when it came. So
+        # neither chunks nor a recomputation change anything.
+        prompts = _concatenated([[len(t.seq.request.prompt.ids)] * t.count for t in batch])
+        lengths = torch.maximum(prompts, positions + 1)
         hidden: torch.Tensor = self._decoder(
             self._input_embeddings(batch),
             positions.to(device),

@@ -7,11 +7,14 @@ import torch
 
 from llm_service.engine.sequence import SamplingParams, Sequence
 
+_MASK = (1 << 64) - 1
+
 
 def sample(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[int | None]:
     """Return a token per row of `logits`, float32 [rows, vocab]; None where the row holds NaN. Changes `logits`.
 
-    Each sequence draws from its own generator, so that neighbours never change what it says.
+    What is drawn depends on the sequence's seed and on how much it has said: neither neighbours nor a repeated step
+    change it.
     """
     for row, seq in enumerate(seqs):
         penalise(logits[row], seq.output_ids, seq.request.params.repetition_penalty)
@@ -65,8 +68,13 @@ def _keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
 def _draw(logits: torch.Tensor, seq: Sequence) -> int:
     if seq.generator is None:
         seq.generator = torch.Generator(logits.device)
-        if seq.request.params.seed is None:
-            seq.generator.seed()
-        else:
-            seq.generator.manual_seed(seq.request.params.seed)
+    seq.generator.manual_seed(_mixed(seq.seed, len(seq.output_ids)))
     return int(torch.multinomial(probabilities(logits, seq.request.params), 1, generator=seq.generator))
+
+
+def _mixed(seed: int, index: int) -> int:
+    """Return 64 well-mixed bits for the `index`-th draw of a seed (the finaliser of SplitMix64)."""
+    state = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)

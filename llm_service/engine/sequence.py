@@ -1,9 +1,9 @@
 """One prompt and its output inside the engine, and what the engine is asked and answers."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import count
 
 import torch
 
@@ -61,9 +61,6 @@ class TokenOutput:
     prefill_s: float | None = None
 
 
-_ids = count()
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The engine's own state of a request. Belongs to the model thread, but for `deliver`, which is thread-safe.
@@ -74,16 +71,19 @@ class Sequence:
     request: EngineRequest
     deliver: Callable[[TokenOutput | Exception], None]
     arrival_time: float
-    seq_id: int = field(default_factory=lambda: next(_ids))
+    request_id: str = ""
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    seed: int = field(init=False)
     generator: torch.Generator | None = None
     start_time: float | None = None
     first_token_time: float | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt.ids, *self.request.generated]
+        seed = self.request.params.seed
+        self.seed = secrets.randbits(64) if seed is None else seed
 
     @property
     def num_pending(self) -> int:

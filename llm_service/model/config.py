@@ -63,6 +63,8 @@ def decoder_config(llm: Mapping[str, Any]) -> DecoderConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"llm_config in config.json has no {error.args[0]!r}.") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"llm_config in config.json has a value of the wrong type: {error}.") from None
 
 
 def _rope_config(llm: Mapping[str, Any]) -> RopeConfig:

@@ -63,6 +63,18 @@ class Dialogue:
     turns: tuple[Turn, ...]
     system_message: str | None = None
 
+    @property
+    def embeddings(self) -> tuple[EmbeddingRef, ...]:
+        """Every embedding, in reading order."""
+        visuals = [part for turn in self.turns for part in turn.segments if isinstance(part, VisualSegment)]
+        return tuple(ref for visual in visuals for ref in visual.embeddings)
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all text, the template's own not counted."""
+        texts = [part.text for turn in self.turns for part in turn.segments if isinstance(part, TextSegment)]
+        return sum(map(len, texts)) + len(self.system_message or "")
+
     def __post_init__(self) -> None:
         """Raise `InvalidRequest` if the turns are in no order that a template knows."""
         if not self.turns or self.turns[-1].role is not Role.USER:

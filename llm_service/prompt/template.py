@@ -116,18 +116,3 @@ _CONTROL = re.compile(r"(<\|[a-z_]+\|>)")
 def _trusted(text: str) -> list[Piece]:
     """Split a template's own string into control tokens and text."""
     return [Control(part) if _CONTROL.fullmatch(part) else Text(part) for part in _CONTROL.split(text) if part]
-
-
-def prompt_text(pieces: list[Piece]) -> str:
-    """Return the prompt as the reference would write it, for logs of tests and for counting."""
-    return "".join(_written(piece) for piece in pieces)
-
-
-def _written(piece: Piece) -> str:
-    match piece:
-        case Control(token):
-            return token
-        case Text(text):
-            return text
-        case Placeholder(ref):
-            return IMG_CONTEXT * ref.token_count

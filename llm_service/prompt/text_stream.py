@@ -7,7 +7,10 @@ from llm_service.prompt.tokenizer import Tokenizer
 
 
 class TextStream:
-    """The text of one answer. What `push` and `finish` return, joined, is `text.split(stop)[0].strip()` of it all."""
+    """The text of one answer. What `push` and `finish` return, joined, is the whole text, cut and stripped.
+
+    It is cut where the stop sequence begins that is complete first.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop_sequences: Iterable[str] = ()) -> None:
         self._tokenizer = tokenizer
@@ -25,7 +28,9 @@ class TextStream:
         return self._release(self._cut() or self._certain())
 
     def finish(self) -> str:
-        """Return what was held back until the end was known."""
+        """Return what was held back until the end was known; nothing after a stop sequence."""
+        if self.stopped:
+            return ""
         self._held += self._decoder.decode(b"", final=True)
         end = self._cut() or len(self._held)
         return self._release(len(self._held[:end].rstrip()))

@@ -71,7 +71,8 @@ class Tokenizer:
         return self._bytes.get(token_id, b"")
 
     def _encode_bare(self, text: str) -> list[int]:
-        ids: list[int] = self._vocabulary.encode(text, add_special_tokens=False).ids
+        # The batch form without offsets: it is the one that lets other threads run meanwhile.
+        ids: list[int] = self._vocabulary.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
 

@@ -63,6 +63,17 @@ def test_a_value_out_of_range_is_refused_by_name(field: str, value: object) -> N
     assert refused.value.field == f"generation_config.{field}"
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
+    config = generation_pb2.GenerationConfig(temperature=temperature)
+    assert convert.options_of(config, 100, STOP_IDS).sampling.is_greedy
+
+
+def test_more_turns_than_any_dialogue_has_are_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        convert.dialogue_of(pb.Prompt(turns=[pb.Turn()] * (convert.MAX_TURNS + 1)))
+
+
 @pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
 def test_beam_search_with_sampling_is_refused(field: str) -> None:
     with pytest.raises(InvalidGenerationConfig):

@@ -8,6 +8,7 @@ from llm_service.embeddings import EmbeddingReader, FetchTier
 from llm_service.prompt.dialogue import EmbeddingRef
 from shared.embedding import Embedding, EmbeddingInfo
 from shared.errors import EmbeddingIncompatible, EmbeddingNotFound
+from shared.rpc.deadline import adopt, remaining_s
 from shared.store import LocalEmbeddingCache
 from tests.llm_service.fakes_llm import ref
 
@@ -76,6 +77,32 @@ async def test_what_nobody_has_is_not_found_by_its_digest() -> None:
 async def test_an_embedding_of_another_shape_is_refused() -> None:
     with pytest.raises(EmbeddingIncompatible):
         await reader(FakeStore(embedding(ref(tiles=2))), FakeVision()).read(ref())
+
+
+async def test_the_deadline_of_the_first_reader_does_not_end_the_fetch_of_the_others() -> None:
+    seen: list[float | None] = []
+
+    class WatchedVision(FakeVision):
+        async def fetch(self, asked: EmbeddingRef) -> Embedding:
+            seen.append(remaining_s())
+            return await super().fetch(asked)
+
+    chosen = reader(FakeStore(), WatchedVision(embedding(ref())))
+
+    async def hurried() -> None:
+        adopt(0.001, "hurried")
+        await chosen.read(ref())
+
+    await asyncio.create_task(hurried())
+    assert seen == [None]
+
+
+async def test_a_reference_that_lies_about_the_shape_harms_no_other() -> None:
+    chosen = reader(FakeStore(embedding(ref())), FakeVision())
+    lie = ref(tiles=2)
+    results = await asyncio.gather(chosen.read(lie), chosen.read(ref()), return_exceptions=True)
+    assert isinstance(results[0], EmbeddingIncompatible)
+    assert not isinstance(results[1], BaseException)
 
 
 async def test_readers_at_the_same_time_share_one_fetch_which_nobodys_cancellation_ends() -> None:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.sequence import EngineRequest, FinishReason, TokenOutput
-from shared.errors import InternalError, PromptTooLong, QueueFull
+from shared.errors import InternalError, PromptTooLong
 from tests.llm_service.fakes_llm import FakeRunner, continuation, request
 
-LIMITS = EngineLimits(max_sequences=8, max_batch_tokens=32, max_tokens=200, max_open=100)
+LIMITS = EngineLimits(max_sequences=8, max_batch_tokens=32, max_tokens=200)
 
 
 @asynccontextmanager
@@ -89,7 +89,7 @@ async def test_a_long_prompt_is_read_in_chunks_and_a_running_stream_gets_a_token
 async def test_whatever_is_batched_chunked_and_preempted_each_sequence_says_what_it_says_alone(
     prompts: list[list[int]], outputs: int, num_blocks: int
 ) -> None:
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=8, max_tokens=64, max_open=100)
+    limits = EngineLimits(max_sequences=4, max_batch_tokens=8, max_tokens=64)
     async with running(FakeRunner(), num_blocks=num_blocks, block_size=4, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request(prompt, outputs)) for prompt in prompts))
     assert answers == [continuation(prompt, outputs) for prompt in prompts]
@@ -97,7 +97,7 @@ async def test_whatever_is_batched_chunked_and_preempted_each_sequence_says_what
 
 async def test_preemption_happens_and_changes_nothing() -> None:
     runner = FakeRunner()
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=64, max_open=100)
+    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=64)
     prompts = [[index] * 10 for index in range(1, 5)]
     async with running(runner, num_blocks=16, block_size=4, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request(prompt, 30)) for prompt in prompts))
@@ -106,7 +106,7 @@ async def test_preemption_happens_and_changes_nothing() -> None:
 
 
 async def test_output_is_cut_to_what_the_context_leaves() -> None:
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=20, max_open=100)
+    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=20)
     async with running(FakeRunner(), limits=limits) as engine:
         outputs = await collect(engine, request([1] * 15, 1000))
     assert len(outputs) == 5
@@ -117,21 +117,6 @@ async def test_a_prompt_that_leaves_no_room_is_refused() -> None:
     async with running(FakeRunner()) as engine:
         with pytest.raises(PromptTooLong):
             await collect(engine, request([1] * LIMITS.max_tokens))
-
-
-async def test_more_open_requests_than_allowed_are_refused_with_a_retry_hint() -> None:
-    runner = FakeRunner()
-    runner.gate.clear()
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=64, max_open=2)
-    async with running(runner, limits=limits) as engine:
-        first = [asyncio.create_task(ids_of(engine, request([index], 2))) for index in range(2)]
-        await asyncio.sleep(0)
-        with pytest.raises(QueueFull) as refused:
-            await collect(engine, request([3], 2))
-        assert refused.value.retry_after_s is not None
-        runner.gate.set()
-        await asyncio.gather(*first)
-        assert await ids_of(engine, request([3], 2)) == continuation([3], 2)
 
 
 async def test_one_bad_sequence_fails_alone() -> None:
@@ -191,7 +176,8 @@ async def test_a_fault_of_the_scheduler_fails_every_request_and_refuses_new_ones
     runner = FakeRunner()
     runner.gate.clear()
     engine = PagedEngine(runner, BlockManager(64, 4), LIMITS)
-    engine.start()
+    broken = asyncio.Event()
+    engine.start(broken.set)
     task = asyncio.create_task(ids_of(engine, request([1], 4)))
     await asyncio.sleep(0.02)
     engine._scheduler.next_batch = lambda: 1 / 0  # type: ignore[assignment, method-assign]
@@ -200,6 +186,7 @@ async def test_a_fault_of_the_scheduler_fails_every_request_and_refuses_new_ones
         await task
     with pytest.raises(InternalError):
         await collect(engine, request([2], 4))
+    assert broken.is_set(), "whoever runs the engine has been told"
     engine.stop()
 
 

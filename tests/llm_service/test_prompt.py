@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from llm_service.prompt.dialogue import Dialogue, Role, Segment, TextSegment, Turn, VisualSegment
 from llm_service.prompt.splice import splice
-from llm_service.prompt.template import TEMPLATES, prompt_text
+from llm_service.prompt.template import TEMPLATES
 from llm_service.prompt.tokenizer import Tokenizer, load_tokenizer
 from shared.errors import CheckpointError, EmptyMessage, InvalidRequest
 from tests.golden_cases import CHECKPOINTS, GOLDEN
 from tests.llm_service.fakes_llm import ref
+from tests.prompt_text import prompt_text
 
 PROMPTS = json.loads((GOLDEN / "prompts.json").read_text())
 

@@ -54,14 +54,22 @@ def test_a_row_that_holds_nan_gives_no_token_and_its_neighbours_theirs() -> None
 def test_the_same_seed_draws_the_same_tokens_whatever_is_beside_it() -> None:
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
 
-    def drawn(neighbours: int) -> list[int | None]:
+    def drawn(neighbours: int) -> list[int]:
         seeded = sequence(seed=42, temperature=1.3)
         others = [sequence(temperature=2.0) for _ in range(neighbours)]
         rows = logits.expand(neighbours + 1, -1)
-        return [sample(rows.clone(), [*others, seeded])[-1] for _ in range(20)]
+        for _ in range(20):
+            seeded.token_ids.append(sample(rows.clone(), [*others, seeded])[-1] or 0)
+        return seeded.output_ids
 
     assert drawn(0) == drawn(3)
     assert len(set(drawn(0))) > 1
+
+
+def test_a_step_that_is_repeated_draws_the_same_token_again() -> None:
+    logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0))
+    for seq in (sequence(seed=1, temperature=1.3), sequence(temperature=1.3)):
+        assert len({tuple(sample(logits.clone(), [seq])) for _ in range(5)}) == 1
 
 
 def test_without_a_seed_two_sequences_draw_differently() -> None:

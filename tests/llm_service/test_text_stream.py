@@ -67,6 +67,12 @@ def test_nothing_of_a_stop_sequence_is_sent_before_it_is_known_not_to_be_one() -
     assert streamed(token_ids, ("abd",)) == ["", "", "abc", "", "", "", ""]
 
 
+def test_half_a_character_behind_a_stop_sequence_is_not_sent() -> None:
+    token_ids = [token for byte in b"Hi." + b"\xe2\x80" for token in tokenizer_ids_of_byte(byte)]
+    stream = TextStream(tokenizer(), (".",))
+    assert "".join([stream.push(token) for token in token_ids] + [stream.finish()]) == "Hi"
+
+
 def test_white_space_waits_for_what_follows_it() -> None:
     token_ids = [token for byte in b"  a  b  " for token in tokenizer_ids_of_byte(byte)]
     assert streamed(token_ids) == ["", "", "a", "", "", "  b", "", "", ""]

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 
+from llm_service.admission import Admission
 from llm_service.answerer import Answerer, Delta, Finished, GenerationOptions
 from llm_service.app import LoadedModel
 from llm_service.embeddings import EmbeddingReader
@@ -17,7 +18,6 @@ from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import EngineRequest, FinishReason, SamplingParams, Sequence
 from llm_service.prompt.dialogue import Dialogue, EmbeddingRef, Role, Segment, TextSegment, Turn, VisualSegment
 from llm_service.prompt.splice import splice
-from llm_service.prompt.template import prompt_text
 from llm_service.settings import LlmSettings
 from shared.checkpoint import Checkpoint, read_config
 from shared.digest import digest_of_fields
@@ -25,6 +25,7 @@ from shared.embedding import Embedding, EmbeddingInfo
 from shared.store import LocalEmbeddingCache, NoEmbeddingStore
 from shared.tensors import bytes_of, tensor_of
 from tests.golden_cases import CHECKPOINTS, GOLDEN, UNSAFE_CASES, GoldenImage, GoldenTurn, pieces_of, turns
+from tests.prompt_text import prompt_text
 from vision_service.model.loader import load_tower
 from vision_service.model.tower import TowerConfig
 from vision_service.preprocess.image import preprocess
@@ -112,7 +113,8 @@ async def engines() -> AsyncIterator[dict[str, PagedEngine]]:
 def answerer(checkpoint: str, engine: PagedEngine) -> Answerer:
     chosen = side(checkpoint)
     reader = EmbeddingReader(LocalEmbeddingCache(64 << 20), NoEmbeddingStore(), chosen.vision)
-    return Answerer(chosen.model.facts(), chosen.model.template, chosen.model.tokenizer, reader, engine)
+    model = chosen.model
+    return Answerer(model.facts(), model.template, model.tokenizer, reader, engine, Admission(100, 64 << 20))
 
 
 def options(case: GoldenTurn) -> GenerationOptions:

@@ -46,12 +46,20 @@ class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
 
     def __init__(self) -> None:
         self.held: set[str] = set()
+        self.hidden_size = HIDDEN
+        self.num_rows = TOKENS_PER_TILE
 
     async def FetchEmbedding(self, request: Any, context: Any) -> AsyncIterator[Any]:
         if request.digest not in self.held:
             await context.abort(grpc.StatusCode.NOT_FOUND, "gone")
-        yield vision_service_pb2.FetchEmbeddingResponse(header=vision_service_pb2.FetchEmbeddingHeader(tile_count=1))
-        for _ in range(TOKENS_PER_TILE):
+        header = vision_service_pb2.FetchEmbeddingHeader(
+            tile_count=1,
+            token_count=TOKENS_PER_TILE,
+            hidden_size=self.hidden_size,
+            data_type=embedding_pb2.DATA_TYPE_FLOAT32,
+        )
+        yield vision_service_pb2.FetchEmbeddingResponse(header=header)
+        for _ in range(self.num_rows):
             yield vision_service_pb2.FetchEmbeddingResponse(chunk=bytes(HIDDEN * 4))
 
 
@@ -152,6 +160,23 @@ async def test_an_embedding_comes_from_the_replica_that_the_handle_names(tmp_pat
             assert events[-1].finished.usage.visual_token_count == TOKENS_PER_TILE
 
 
+async def test_an_embedding_of_another_shape_than_its_handle_says_is_refused(tmp_path: Path) -> None:
+    async with running(tmp_path) as stub, vision() as (servicer, address):
+        servicer.held.add("ab" * 32)
+        servicer.hidden_size = HIDDEN // 2
+        error = await error_of(stub.Generate(request(picture_prompt(handle(address)))))
+        assert isinstance(error, EmbeddingIncompatible)
+
+
+@pytest.mark.parametrize("num_rows", [0, TOKENS_PER_TILE - 1, TOKENS_PER_TILE + 1, 10**9])
+async def test_an_embedding_with_too_few_or_endless_bytes_is_not_found(tmp_path: Path, num_rows: int) -> None:
+    async with running(tmp_path) as stub, vision() as (servicer, address):
+        servicer.held.add("ab" * 32)
+        servicer.num_rows = num_rows
+        error = await error_of(stub.Generate(request(picture_prompt(handle(address)))))
+        assert isinstance(error, EmbeddingNotFound)
+
+
 async def test_an_embedding_that_nobody_has_is_not_found_by_its_digest(tmp_path: Path) -> None:
     async with running(tmp_path) as stub, vision() as (_, address):
         for source in (address, "127.0.0.1:1"):
@@ -242,6 +267,46 @@ async def test_a_damaged_checkpoint_stops_the_service_with_one_clear_line(tmp_pa
     assert last.startswith("llm: ")
     assert expected in last
     assert "Traceback" not in stderr.decode()
+
+
+FAULT = """
+import llm_service.engine.scheduler as scheduler
+
+steps = 0
+next_batch = scheduler.Scheduler.next_batch
+
+
+def fail_after_a_while(self):
+    global steps
+    steps += 1
+    assert steps < 10, "a fault of ours"
+    return next_batch(self)
+
+
+scheduler.Scheduler.next_batch = fail_after_a_while
+import runpy
+
+runpy.run_module("llm_service", run_name="__main__")
+"""
+
+
+async def test_a_service_whose_engine_has_stopped_ends_so_that_another_takes_its_place(tmp_path: Path) -> None:
+    address_file = tmp_path / "llm"
+    flags = ["--model", str(CHECKPOINT), "--kv-cache-bytes", str(16 << 20), "--address-file", str(address_file)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", FAULT, *flags, "--log-format", "json", stderr=asyncio.subprocess.PIPE
+    )
+    while not address_file.exists():
+        await asyncio.sleep(0.05)
+    async with open_channel(address_file.read_text(), 8 << 20) as channel:
+        stub = llm_service_pb2_grpc.LlmServiceStub(channel)
+        await stub.CountTokens(pb.CountTokensRequest(prompt=prompt("Hi")), wait_for_ready=True)
+        with pytest.raises(grpc.aio.AioRpcError):
+            async for _ in stub.Generate(request(prompt("Hi"), max_output_tokens=100, ignore_end=True)):
+                pass
+    _, stderr = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 1
+    assert "a part that it cannot work without has stopped" in stderr.decode().splitlines()[-1]
 
 
 def _without_tensor(directory: Path) -> str:

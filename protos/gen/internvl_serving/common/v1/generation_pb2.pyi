@@ -86,7 +86,7 @@ class GenerationConfig(_message.Message):
     max_output_tokens: _builtins.int
     """Most tokens to generate, at least 1. Default: the server's, cut to what the context leaves."""
     temperature: _builtins.float
-    """Softmax temperature, 0 to 100. Zero, the default, is greedy decoding."""
+    """Softmax temperature, 0 to 100. Zero, the default, is greedy decoding, and so is anything below 0.00001."""
     top_p: _builtins.float
     """Keeps the most likely tokens whose probabilities sum to this, above 0 and at most 1. Default 1: all."""
     top_k: _builtins.int
