@@ -1,10 +1,12 @@
 """The gateway's settings."""
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from gateway.dialogue import Limits
-from shared.settings import ServiceSettings
+from shared.settings import RedisUrl, ServiceSettings
+
+_REDIS_URL = "redis://127.0.0.1:6379/0"
 
 
 class GatewaySettings(ServiceSettings):
@@ -14,11 +16,10 @@ class GatewaySettings(ServiceSettings):
 
     vision_target: str = Field(description="gRPC target of the vision service: host:port, or dns:///name:port")
     llm_target: str = Field(description="gRPC target of the LLM service: host:port, or dns:///name:port")
-    redis_url: str = Field(
-        "redis://127.0.0.1:6379/0",
-        pattern="^(redis|rediss|unix)://",
+    redis_url: RedisUrl = Field(
+        SecretStr(_REDIS_URL),
         description="redis:// URL of the store of conversations and media; it must not evict. Without it chats that "
-        "carry everything themselves still work",
+        f"carry everything themselves still work. If not given: {_REDIS_URL}",
     )
     redis_timeout_s: float = Field(0.4, gt=0, description="longest wait for one answer of that store")
     conversation_ttl_s: int = Field(86_400, ge=1, description="seconds that a conversation outlives its last turn")

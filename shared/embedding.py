@@ -3,11 +3,11 @@
 A stored embedding is one manifest value and one value per group of rows. Every value is a fixed header, then the
 group's rows as raw little-endian bytes; a manifest has no rows. The header ends with a keyed BLAKE3 over everything
 else in the value, so a value that was damaged, cut, moved to another key or written by somebody else does not verify.
+Where no key is set anybody can write values that do, so nothing in a header is used before it has been found plausible.
 """
 
 import struct
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal, get_args
 
 from blake3 import blake3
@@ -16,6 +16,13 @@ DataType = Literal["float32", "float16", "bfloat16"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 MAX_GROUP_BYTES = 2 << 20
+# Far above what the models make (40 tiles and a thumbnail of the largest, in float32, are 344 MB), and low enough that
+# a forged header cannot ask for more memory than a process has.
+MAX_TILES = 4096
+MAX_TOKENS = 1 << 22
+MAX_HIDDEN_SIZE = 1 << 16
+MAX_SIDE = 1 << 31  # pixels
+MAX_SIZE_BYTES = 1 << 30
 _MAGIC = b"IVLE"
 _VERSION = 1
 _MAC_BYTES = 32
@@ -61,10 +68,22 @@ class EmbeddingInfo:
         """Number of stored groups."""
         return -(-self.size_bytes // self.group_bytes)
 
+    def group_slice(self, index: int) -> slice:
+        """Return which bytes of the tensor a group holds."""
+        return slice(index * self.group_bytes, min((index + 1) * self.group_bytes, self.size_bytes))
+
     def plausible(self) -> bool:
-        """Return whether the numbers fit together."""
-        sizes = (self.tile_count, self.token_count, self.hidden_size, self.width, self.height, self.columns, self.rows)
-        return min(sizes) > 0 and self.token_count % self.tile_count == 0
+        """Return whether the numbers are within bounds and fit together; the rest may be asked for only then."""
+        return (
+            self.data_type in ITEM_BYTES
+            and 0 < self.tile_count <= MAX_TILES
+            and 0 < self.token_count <= MAX_TOKENS
+            and 0 < self.hidden_size <= MAX_HIDDEN_SIZE
+            and 0 < min(self.width, self.height) <= max(self.width, self.height) <= MAX_SIDE
+            and 0 < min(self.columns, self.rows) <= max(self.columns, self.rows) <= MAX_TILES
+            and self.token_count % self.tile_count == 0
+            and self.size_bytes <= MAX_SIZE_BYTES
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +106,41 @@ class EmbeddingFormat:
 
     def pack(self, embedding: Embedding) -> tuple[bytes, list[bytes]]:
         """Return the manifest value and the group values."""
-        payload, step = memoryview(embedding.payload), embedding.info.group_bytes
-        groups = [
-            self._seal(embedding.digest, embedding.info, index, payload[start : start + step])
-            for index, start in zip(count(), range(0, embedding.info.size_bytes, step), strict=False)
-        ]
-        return self._seal(embedding.digest, embedding.info, _MANIFEST, memoryview(b"")), groups
+        groups = [self.pack_group(embedding, index) for index in range(embedding.info.group_count)]
+        return self.pack_manifest(embedding), groups
+
+    def pack_manifest(self, embedding: Embedding) -> bytes:
+        """Return the manifest value."""
+        return self._seal(embedding.digest, embedding.info, _MANIFEST, memoryview(b""))
+
+    def pack_group(self, embedding: Embedding, index: int) -> bytes:
+        """Return the value of one group."""
+        rows = memoryview(embedding.payload)[embedding.info.group_slice(index)]
+        return self._seal(embedding.digest, embedding.info, index, rows)
 
     def unpack_manifest(self, digest: str, value: bytes) -> EmbeddingInfo | None:
-        """Return what the manifest says, or None if it does not verify."""
+        """Return what the manifest says, which is plausible, or None if it does not verify."""
         opened = self._open(digest, value, _MANIFEST)
         return opened[0] if opened and not opened[1] else None
 
+    def unpack_group(self, digest: str, info: EmbeddingInfo, index: int, value: bytes, payload: bytearray) -> bool:
+        """Copy a group's rows to their place in `payload`, the whole tensor; False, and no copy, if it does not verify.
+
+        Threads may unpack different groups into one payload at a time.
+        """
+        opened, place = self._open(digest, value, index), info.group_slice(index)
+        if opened is None or opened[0] != info or len(opened[1]) != place.stop - place.start:
+            return False
+        memoryview(payload)[place] = opened[1]
+        return True
+
     def unpack(self, digest: str, info: EmbeddingInfo, values: list[bytes]) -> Embedding | None:
         """Return the embedding that the group values hold, or None if any does not verify."""
+        if len(values) != info.group_count:
+            return None
         payload = bytearray(info.size_bytes)
-        position = 0
-        for index, value in enumerate(values):
-            opened = self._open(digest, value, index)
-            if opened is None or opened[0] != info or position + len(opened[1]) > info.size_bytes:
-                return None
-            payload[position : position + len(opened[1])] = opened[1]
-            position += len(opened[1])
-        return Embedding(digest, info, payload) if position == info.size_bytes else None
+        verified = all(self.unpack_group(digest, info, index, value, payload) for index, value in enumerate(values))
+        return Embedding(digest, info, payload) if verified else None
 
     def _seal(self, digest: str, info: EmbeddingInfo, group: int, rows: memoryview) -> bytes:
         fields = _FIELDS.pack(
@@ -131,18 +162,21 @@ class EmbeddingFormat:
         return b"".join((fields, self._mac(fields, rows), rows))
 
     def _open(self, digest: str, value: bytes, group: int) -> tuple[EmbeddingInfo, memoryview] | None:
-        if len(value) < _HEADER_BYTES:
+        """Return what a header that is plausible says, and the rows; None, and no error, for anything else."""
+        if not isinstance(value, bytes) or len(value) < _HEADER_BYTES:
             return None
         view = memoryview(value)
         fields, mac, rows = view[: _FIELDS.size], view[_FIELDS.size : _HEADER_BYTES], view[_HEADER_BYTES:]
         if self._mac(fields, rows) != bytes(mac):
             return None
-        magic, version, data_type, _, *numbers, found_group, _, found_digest = _FIELDS.unpack(fields)
+        magic, version, data_type, _, *numbers, found_group, groups, found_digest = _FIELDS.unpack(fields)
         if (magic, version, found_group) != (_MAGIC, _VERSION, group) or found_digest.hex() != digest:
+            return None
+        if data_type >= len(_DATA_TYPES):
             return None
         tiles, tokens, hidden, width, height, columns, grid_rows = numbers
         info = EmbeddingInfo(tiles, tokens, hidden, _DATA_TYPES[data_type], width, height, columns, grid_rows)
-        return (info, rows) if info.plausible() else None
+        return (info, rows) if info.plausible() and groups == info.group_count else None
 
     def _mac(self, fields: bytes | memoryview, rows: memoryview) -> bytes:
         # The MAC is compared with `!=`: a cache writer who could time us over the network gains nothing by it.

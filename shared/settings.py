@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -21,9 +22,57 @@ def _checked_address(text: str) -> str:
 
 Address = Annotated[str, AfterValidator(_checked_address)]
 
+# What a Redis URL may set beside address, user and database; the rest would undo settings of ours.
+_REDIS_OPTIONS: Final = {
+    "redis": {"db"},
+    "rediss": {"db", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile"},
+    "unix": {"db", "username", "password"},
+}
+_ESCAPE = "; in user and password, what is special in a URL has to be percent-encoded"
+
+
+def _checked_redis_url(url: SecretStr) -> SecretStr:
+    """Return a URL that a client can be made from, or raise `ValueError`, which never quotes it."""
+    try:
+        parts = urlsplit(url.get_secret_value())
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(f"has no host and port that can be read{_ESCAPE}") from None
+    if parts.scheme not in _REDIS_OPTIONS:
+        raise ValueError("has to begin with redis://, rediss:// or unix://")
+    if parts.fragment or (parts.scheme != "unix" and not host):
+        raise ValueError(f"has no host, or something behind the database{_ESCAPE}")
+    if parts.scheme == "unix" and not parts.path:
+        raise ValueError("has no path of a socket")
+    if port == 0:
+        raise ValueError("has a port that is not 1 to 65535")
+    _check_redis_options(parts)
+    return url
+
+
+def _check_redis_options(parts: SplitResult) -> None:
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    allowed = _REDIS_OPTIONS[parts.scheme]
+    if unknown := sorted(options.keys() - allowed):
+        raise ValueError(f"may set {', '.join(sorted(allowed))}, but not {', '.join(unknown)}")
+    in_path = "" if parts.scheme == "unix" else parts.path.removeprefix("/")
+    for database in (in_path or "0", options.get("db", "0")):
+        if not database.isdecimal():
+            raise ValueError(f"has a database that is not a number{_ESCAPE}")
+
+
+def _checked_optional_redis_url(url: SecretStr) -> SecretStr:
+    return _checked_redis_url(url) if url else url
+
+
+RedisUrl = Annotated[SecretStr, AfterValidator(_checked_redis_url)]
+OptionalRedisUrl = Annotated[SecretStr, AfterValidator(_checked_optional_redis_url)]  # empty, and then false: none
+
 
 # On both classes, because mixing them lets the last one's values win, pydantic-settings' own defaults included.
-_CONFIG = SettingsConfigDict(frozen=True, extra="forbid", cli_kebab_case=True, cli_implicit_flags=True)
+_CONFIG = SettingsConfigDict(
+    frozen=True, extra="forbid", hide_input_in_errors=True, cli_kebab_case=True, cli_implicit_flags=True
+)
 
 
 class ServiceSettings(BaseSettings):
@@ -64,8 +113,8 @@ class EmbeddingStoreSettings(BaseSettings):
 
     model_config = _CONFIG
 
-    redis_url: str = Field(
-        "", pattern="^$|^(redis|rediss|unix)://", description="redis:// URL of the embedding store; empty: none"
+    redis_url: OptionalRedisUrl = Field(
+        SecretStr(""), description="redis:// URL of the embedding store; empty, as it is by default: none"
     )
     redis_timeout_s: float = Field(0.25, gt=0, description="longest wait for one answer of the embedding store")
     embedding_ttl_s: int = Field(86_400, ge=1, description="seconds that an embedding stays in the store")

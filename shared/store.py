@@ -1,16 +1,17 @@
-"""The embedding store (Redis), its circuit breaker, and the memory cache in front of it. None fails a request."""
+"""The embedding store (Redis), its circuit breaker, and the memory cache in front of it."""
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
-from typing import ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import structlog
+from pydantic import SecretStr
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from shared.embedding import Embedding, EmbeddingFormat, EmbeddingInfo
 from shared.settings import EmbeddingStoreSettings
@@ -19,10 +20,16 @@ log = structlog.get_logger()
 T = TypeVar("T")
 P = ParamSpec("P")
 _INLINE_BYTES = 256 << 10
+_GROUPS_AT_ONCE = 2  # of one embedding: one is on the way while the other is verified
+# Of all embeddings: 8 MiB on the way, which a link of 1 Gbit/s carries well within the timeout of each.
+_TRANSFERS_AT_ONCE = 4
 
 
 class EmbeddingStore(Protocol):
-    """Keeps embeddings by digest until they expire or are evicted. Safe to share between tasks. Never raises."""
+    """Keeps embeddings by digest until they expire or are evicted. Safe to share between tasks.
+
+    Absence, failure and damage are misses: nothing is raised but the caller's own cancellation.
+    """
 
     async def describe(self, digest: str) -> EmbeddingInfo | None:
         """Return what is stored under `digest` if all of it is there, without reading it; None is a miss."""
@@ -102,20 +109,25 @@ class CircuitBreaker:
 
 
 class RedisEmbeddingStore:
-    """Embeddings in Redis, one value per group of rows; see `shared.embedding` for the values."""
+    """Embeddings in Redis, one value per group of rows; see `shared.embedding` for the values.
+
+    Every value travels on its own, so that the client's timeout bounds 2 MiB and not a whole embedding.
+    """
 
     def __init__(self, redis: Redis, value_format: EmbeddingFormat, ttl_s: int, breaker: CircuitBreaker) -> None:
         self._redis = redis
         self._format = value_format
         self._ttl_s = ttl_s
         self._breaker = breaker
+        self._transfers = asyncio.Semaphore(_TRANSFERS_AT_ONCE)
 
     async def describe(self, digest: str) -> EmbeddingInfo | None:
         """Return what is stored under `digest` if all of it is there; None is a miss."""
         info = await self._manifest(digest)
         if info is None:
             return None
-        present = await self._attempt(self._redis.exists(*_group_keys(digest, info)))
+        keys = [_group_key(digest, index) for index in range(info.group_count)]
+        present = await self._attempt(lambda: self._redis.exists(*keys))
         return info if present == info.group_count else None
 
     async def get(self, digest: str) -> Embedding | None:
@@ -123,47 +135,78 @@ class RedisEmbeddingStore:
         info = await self._manifest(digest)
         if info is None:
             return None
-        values = await self._attempt(self._redis.mget(_group_keys(digest, info)))
-        if values is None or None in values:
+        try:
+            payload = await _off_loop(info, bytearray, info.size_bytes)
+        except MemoryError:
             return None
-        embedding = await _off_loop(info, self._format.unpack, digest, info, cast(list[bytes], values))
-        if embedding is None:
-            log.warning("stored_embedding_rejected", digest=digest)
-            await self.delete(digest)
-        return embedding
+        complete = await self._for_groups(info, lambda index: self._read_group(digest, info, index, payload))
+        return Embedding(digest, info, payload) if complete else None
 
     async def put(self, embedding: Embedding) -> bool:
         """Store the groups, then the manifest, so that a manifest never precedes what it lists."""
-        manifest, groups = await _off_loop(embedding.info, self._format.pack, embedding)
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for key, value in zip(_group_keys(embedding.digest, embedding.info), groups, strict=True):
-                pipeline.set(key, value, ex=self._ttl_s)
-            pipeline.set(_key(embedding.digest), manifest, ex=self._ttl_s)
-            return await self._attempt(pipeline.execute()) is not None
+        if not embedding.info.plausible():
+            return False
+        complete = await self._for_groups(embedding.info, lambda index: self._write_group(embedding, index))
+        return complete and await self._set(_key(embedding.digest), self._format.pack_manifest(embedding))
 
     async def delete(self, digest: str) -> None:
         """Forget the manifest; groups without one expire."""
-        await self._attempt(self._redis.delete(_key(digest)))
+        await self._attempt(lambda: self._redis.delete(_key(digest)))
 
     async def _manifest(self, digest: str) -> EmbeddingInfo | None:
-        value = await self._attempt(self._redis.get(_key(digest)))
+        value = await self._attempt(lambda: self._redis.get(_key(digest)))
         if value is None:
             return None
-        info = self._format.unpack_manifest(digest, cast(bytes, value))
+        info = self._format.unpack_manifest(digest, value)
         if info is None:
-            log.warning("stored_embedding_rejected", digest=digest)
-            await self.delete(digest)
+            await self._reject(digest)
         return info
 
-    async def _attempt(self, call: Awaitable[T]) -> T | None:
-        """Await a Redis call; None when it fails or the breaker is open."""
+    async def _read_group(self, digest: str, info: EmbeddingInfo, index: int, payload: bytearray) -> bool:
+        value = await self._attempt(lambda: self._redis.get(_group_key(digest, index)))
+        if value is None:
+            return False
+        verified = await _off_loop(info, self._format.unpack_group, digest, info, index, value, payload)
+        if not verified:
+            await self._reject(digest)
+        return verified
+
+    async def _write_group(self, embedding: Embedding, index: int) -> bool:
+        value = await _off_loop(embedding.info, self._format.pack_group, embedding, index)
+        return await self._set(_group_key(embedding.digest, index), value)
+
+    async def _set(self, key: str, value: bytes) -> bool:
+        return await self._attempt(lambda: self._redis.set(key, value, ex=self._ttl_s)) is not None
+
+    async def _reject(self, digest: str) -> None:
+        log.warning("stored_embedding_rejected", digest=digest)
+        await self.delete(digest)
+
+    async def _for_groups(self, info: EmbeddingInfo, work: Callable[[int], Awaitable[bool]]) -> bool:
+        """Do `work` for every group, a few at a time, until one fails; return whether none did."""
+        waiting = deque(range(info.group_count))
+
+        async def worker() -> bool:
+            while waiting:
+                async with self._transfers:
+                    if waiting and not await work(waiting.popleft()):
+                        waiting.clear()
+                        return False
+            return True
+
+        async with asyncio.TaskGroup() as group:
+            workers = [group.create_task(worker()) for _ in range(min(_GROUPS_AT_ONCE, info.group_count))]
+        return all(task.result() for task in workers)
+
+    async def _attempt(self, command: Callable[[], Awaitable[Any]]) -> Any | None:
+        """Return the answer to a Redis command; None when it fails or the breaker is open."""
         if not self._breaker.allow():
-            _discard(call)
             return None
         try:
-            answer = await call
-        except (RedisError, OSError, TimeoutError) as error:
-            self._breaker.record(success=False)
+            answer = await command()
+        except (RedisError, OSError, ValueError) as error:  # ValueError: an answer that is not UTF-8 where it should be
+            # A server that refuses (another type under the key, memory full) is there, unless it lets nobody in.
+            self._breaker.record(success=isinstance(error, ResponseError))
             log.warning("embedding_store_failed", error=type(error).__name__, breaker_open=self._breaker.is_open)
             return None
         self._breaker.record(success=True)
@@ -189,10 +232,10 @@ class NoEmbeddingStore:
         """Nothing to forget."""
 
 
-def connect_redis(url: str, timeout_s: float, max_connections: int = 32) -> Redis:
+def connect_redis(url: SecretStr | str, timeout_s: float, max_connections: int = 32) -> Redis:
     """Return a client that waits at most `timeout_s` for an answer and never retries by itself; close with `aclose`."""
     pool = BlockingConnectionPool.from_url(
-        url,
+        url if isinstance(url, str) else url.get_secret_value(),
         max_connections=max_connections,
         timeout=timeout_s,
         socket_timeout=timeout_s,
@@ -214,18 +257,12 @@ def _key(digest: str) -> str:
     return f"ivl:embedding:{digest}"
 
 
-def _group_keys(digest: str, info: EmbeddingInfo) -> list[str]:
-    return [f"{_key(digest)}:{index}" for index in range(info.group_count)]
+def _group_key(digest: str, index: int) -> str:
+    return f"{_key(digest)}:{index}"
 
 
 async def _off_loop(info: EmbeddingInfo, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Do what copies and hashes a whole embedding: in a thread where that would hold the event loop up."""
+    """Do what copies and hashes a group: in a thread where that would hold the event loop up."""
     if info.size_bytes <= _INLINE_BYTES:
         return work(*args, **kwargs)
     return await asyncio.to_thread(work, *args, **kwargs)
-
-
-def _discard(call: Awaitable[object]) -> None:
-    close = getattr(call, "close", None)
-    if close is not None:
-        close()  # a coroutine that is never awaited would warn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from shared.embedding import DataType, Embedding
+from shared.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +35,25 @@ def data_type_of(tensor: torch.Tensor) -> DataType:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device of a setting; `auto` is the first GPU where there is one."""
+    """Return the torch device of a setting; `auto` is the first GPU where there is one.
+
+    Raises `CheckpointError` where torch knows no such device or cannot use it here.
+    """
     import torch
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(f"--device {name}: there is no such device; cpu, cuda and cuda:1 are examples.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"--device {name}: there is no such GPU here.")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch asserts that it was built for it
+        raise CheckpointError(f"--device {name}: torch cannot use it here ({type(error).__name__}).") from None
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

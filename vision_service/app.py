@@ -13,7 +13,6 @@ import torch
 
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 from shared.checkpoint import Checkpoint, InternVLConfig, read_config
-from shared.errors import CheckpointError
 from shared.rpc.server import Application
 from shared.store import LocalEmbeddingCache, connect_redis, open_embedding_store
 from shared.tensors import resolve_device, resolve_dtype
@@ -84,13 +83,6 @@ def _load(settings: VisionSettings, config: InternVLConfig) -> LoadedTower:
     """Load the tower that the settings name; runs on the model thread."""
     if settings.threads:
         torch.set_num_threads(settings.threads)  # counts for the thread that calls it
-    device = _device(settings.device)
+    device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     return load_tower(Checkpoint(settings.model), TowerConfig.of(config), device, dtype)
-
-
-def _device(name: str) -> torch.device:
-    device = resolve_device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CheckpointError(f"--device {name}: there is no such GPU here.")
-    return device

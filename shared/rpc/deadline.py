@@ -4,7 +4,7 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from typing import TypedDict
 
 import structlog
@@ -33,6 +33,13 @@ def adopt(remaining_s: float | None, request_id: str) -> str:
     _request_id.set(accepted)
     structlog.contextvars.bind_contextvars(request_id=accepted)
     return accepted
+
+
+def detached() -> Context:
+    """Return a context for work that several calls share: it keeps the request id, but no caller's deadline ends it."""
+    context = copy_context()
+    context.run(_expires_at.set, None)
+    return context
 
 
 def request_id() -> str:

@@ -18,7 +18,18 @@ from shared.rpc.status import to_status
 
 log = structlog.get_logger()
 _OPEN_SERVICES = ("/grpc.health.", "/grpc.reflection.")  # answer whatever the state of the server
+_CUT_S = 2.0  # what a call that has been cut gets to say so to its client
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+async def first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
+    """Return when one of the events is set or the time has passed."""
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 class CallRegistry:
@@ -49,17 +60,19 @@ class CallRegistry:
         if not self._running:
             self._idle.set()
 
-    async def drain(self, grace_s: float) -> None:
-        """Admit no more calls and wait for the running ones; after `grace_s` end them with a status of our own."""
+    async def drain(self, grace_s: float, *cuts: asyncio.Event) -> None:
+        """Admit no more calls and wait for the running ones.
+
+        Those that go on after `grace_s`, or when one of `cuts` is set, end with a status of our own.
+        """
         self.ready = False
-        try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
-        except TimeoutError:
+        await first_of(self._idle, *cuts, timeout_s=grace_s)
+        if self._running:
             log.warning("drain_cut", calls=self.running_count)
             self.cut = True
             for task in self._running:
                 task.cancel()
-            await self._idle.wait()
+            await first_of(self._idle, timeout_s=_CUT_S)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):

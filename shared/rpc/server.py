@@ -5,10 +5,10 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
 import structlog
@@ -20,12 +20,15 @@ from grpc_reflection.v1alpha import reflection
 from shared.errors import CheckpointError
 from shared.logging import configure_logging
 from shared.rpc.channel import KEEPALIVE_MS
-from shared.rpc.interceptors import CallInterceptor, CallRegistry
+from shared.rpc.interceptors import CallInterceptor, CallRegistry, first_of
 from shared.settings import ServiceSettings
 
 log = structlog.get_logger()
 S = TypeVar("S", bound=ServiceSettings)
 LIVENESS, READINESS = "liveness", "readiness"
+_BROKEN_DRAIN_S: Final = 1.0
+_CANCEL_S: Final = 1.0  # what a warm-up that has been cancelled gets to clean up
+_LOG_DRAIN_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,57 +36,81 @@ class Application:
     """What a service's lifespan hands to the server.
 
     `register` adds the servicers; `services` are their full names; `warm_up` loads what is slow to load, while the
-    server already answers health checks with NOT_SERVING.
+    server already answers health checks with NOT_SERVING. `broken` is set, on the event loop, when a part has stopped
+    that the service cannot work without: it then ends, so that another can take its place.
     """
 
     register: Callable[[grpc.aio.Server], None]
     services: Sequence[str]
     warm_up: Callable[[], Awaitable[None]] = field(default=lambda: asyncio.sleep(0))
+    broken: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class PartStopped(Exception):
+    """A part that the service cannot work without has stopped."""
+
+
+@dataclass(slots=True)
+class Course:
+    """How far a service has come: whether it was SERVING, was asked to stop, and was asked again."""
+
+    served: bool = False
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def on_signal(self) -> None:
+        """Note a signal that ends the service."""
+        (self.hurry if self.stop.is_set() else self.stop).set()
 
 
 Lifespan = Callable[[S, str], AbstractAsyncContextManager[Application]]
 
 
 def run(settings: S, service: str, lifespan: Lifespan[S]) -> NoReturn:
-    """Serve until SIGTERM or SIGINT and exit: 0 after a drain, 1 with one clear line when the service cannot start."""
-    configure_logging(settings, service)
+    """Serve until SIGTERM or SIGINT and exit: with 0 after a drain, else with 1 and one clear line as the last."""
+    sink = configure_logging(settings, service)
+    course, runner = Course(), asyncio.Runner()
+    code = 0
     try:
-        asyncio.run(serve(settings, lifespan))
-        code = 0
-    except* CheckpointError as errors:
-        code = _refuse(service, str(errors.exceptions[0]))
-    except* OSError as errors:
-        code = _refuse(service, f"{errors.exceptions[0]}")
+        runner.run(serve(settings, lifespan, course))
+    except Exception as error:  # noqa: BLE001  whatever it is, an operator has to see it
+        code = 1
+        sink.write(f"{service}: {_last_words(error, course)}\n")
     sys.stdout.flush()
-    sys.stderr.flush()
-    # Threads that load or run a model do not end on request; everything worth closing has been closed by now.
+    sink.drain(_LOG_DRAIN_S)
+    # Neither the runner is closed nor the interpreter shut down: both would wait for threads that load or run a model,
+    # and those do not end on request. Everything worth closing has been closed by now.
     os._exit(code)
 
 
-async def serve(settings: S, lifespan: Lifespan[S]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
-    stop = asyncio.Event()
+async def serve(settings: S, lifespan: Lifespan[S], course: Course | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal cuts the drain.
+
+    Raises `PartStopped` when the application has become broken, `OSError` when the address is taken, and whatever the
+    lifespan raises.
+    """
+    course = course or Course()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, course.on_signal)
     calls = CallRegistry()
     server = grpc.aio.server(interceptors=[CallInterceptor(calls)], options=server_options(settings.max_message_bytes))
-    bound = _bind(server, settings.listen)
-    async with lifespan(settings, settings.advertise or bound) as application:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop, None)  # also one that has never started
+        bound = _bind(server, settings.listen)
+        application = await stack.enter_async_context(lifespan(settings, settings.advertise or bound))
         checks = await _add_health(server, application)
         application.register(server)
         await server.start()
         _announce(settings, bound)
-        async with asyncio.TaskGroup() as group:
-            warm_up = group.create_task(_become_ready(application, checks, calls))
-            await _first_of(stop, warm_up)
-            warm_up.cancel()
-        if not stop.is_set():
-            await stop.wait()
-        log.info("draining", calls=calls.running_count)
+        await _until_ended(application, course, _become_ready(application, checks, calls, course))
+        log.info("draining", calls=calls.running_count, broken=application.broken.is_set())
         await checks.enter_graceful_shutdown()
-        await calls.drain(settings.drain_grace_s)
-        await server.stop(grace=1.0)
+        await _drain(settings, application, course, calls)
+        await server.stop(grace=1.0)  # clients that lag behind get to read how their calls ended
+        broken = application.broken.is_set()  # closing may well set it
+    if broken:
+        raise PartStopped
     log.info("stopped")
 
 
@@ -120,17 +147,19 @@ def _announce(settings: ServiceSettings, bound: str) -> None:
     log.info("listening", address=bound)
     if settings.address_file:
         # Written beside and moved, so that a reader never sees half an address.
-        partial = settings.address_file.with_suffix(".partial")
+        partial = settings.address_file.with_name(f"{settings.address_file.name}.partial")
         partial.write_text(bound)
         partial.replace(settings.address_file)
 
 
-async def _become_ready(application: Application, checks: health.HealthServicer, calls: CallRegistry) -> None:
+async def _become_ready(
+    application: Application, checks: health.HealthServicer, calls: CallRegistry, course: Course
+) -> None:
     await application.warm_up()
     # What warm-up allocated lives as long as the process: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
-    calls.ready = True
+    calls.ready = course.served = True
     for name in ("", READINESS, *application.services):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     log.info("serving")
@@ -147,12 +176,40 @@ async def _add_health(server: grpc.aio.Server, application: Application) -> heal
     return checks
 
 
-async def _first_of(stop: asyncio.Event, warm_up: asyncio.Task[None]) -> None:
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, warm_up}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
+async def _until_ended(application: Application, course: Course, becoming_ready: Coroutine[Any, Any, None]) -> None:
+    """Warm up and serve until a signal comes or the application is broken; raise what keeps it from becoming ready."""
+    ready, settled = asyncio.create_task(becoming_ready), asyncio.Event()
+    ready.add_done_callback(lambda _: settled.set())
+    try:
+        await first_of(course.stop, application.broken, settled)
+        if ready.done():
+            await ready
+            await first_of(course.stop, application.broken)
+    finally:
+        ready.cancel()
+        await first_of(settled, timeout_s=_CANCEL_S)
 
 
-def _refuse(service: str, reason: str) -> int:
-    print(f"{service}: {reason}", file=sys.stderr)  # noqa: T201  the one line an operator needs to see
-    return 1
+async def _drain(settings: ServiceSettings, application: Application, course: Course, calls: CallRegistry) -> None:
+    if application.broken.is_set():
+        await calls.drain(min(_BROKEN_DRAIN_S, settings.drain_grace_s), course.hurry)
+    else:
+        await calls.drain(settings.drain_grace_s, course.hurry, application.broken)
+
+
+def _last_words(error: Exception, course: Course) -> str:
+    """Return the line that an operator reads last; where it cannot say everything, the log does."""
+    cause = _first_cause(error)
+    if isinstance(cause, PartStopped):
+        return "a part that it cannot work without has stopped; see the log."
+    if isinstance(cause, CheckpointError | OSError) and str(cause) and not course.served:
+        return str(cause)
+    event, words = ("stop_failed", "failed while it stopped") if course.served else ("start_failed", "could not start")
+    log.error(event, exc_info=error)
+    return f"{words}: {type(cause).__name__}; see the log above."
+
+
+def _first_cause(error: Exception) -> Exception:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

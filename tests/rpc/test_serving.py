@@ -3,8 +3,10 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from internvl_serving.llm.v1 import llm_service_pb2, llm_service_pb2_grpc
 from shared.errors import InternalError, InvalidRequest, LlmUnavailable, NotReady, QueueFull, ServiceError
 from shared.rpc.channel import open_channel
 from shared.rpc.deadline import outgoing, remaining_s, request_id
-from shared.rpc.server import Application, serve
+from shared.rpc.server import Application, PartStopped, serve
 from shared.rpc.status import from_rpc_error
 from shared.settings import ServiceSettings
 
@@ -50,16 +52,21 @@ async def running(
     servicer: ScriptedServicer,
     warm_up: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0),
     drain_grace_s: float = 5.0,
+    broken: asyncio.Event | None = None,
+    address_file: Path | None = None,
 ) -> AsyncIterator[tuple[Any, str, asyncio.Task[None]]]:
     """Run `serve` as a task; yield a stub, the address and the task."""
 
     @asynccontextmanager
     async def lifespan(settings: ServiceSettings, address: str) -> AsyncIterator[Application]:
         yield Application(
-            lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server), [SERVICE], warm_up
+            lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server),
+            [SERVICE],
+            warm_up,
+            broken or asyncio.Event(),
         )
 
-    address_file = tmp_path / "address"
+    address_file = address_file or tmp_path / "address"
     settings = ServiceSettings(address_file=address_file, drain_grace_s=drain_grace_s)
     task = asyncio.create_task(serve(settings, lifespan))
     while not address_file.exists():
@@ -192,3 +199,192 @@ async def test_a_cancelled_call_cancels_its_handler(tmp_path: Path) -> None:
         await call.read()
         call.cancel()
         await asyncio.wait_for(servicer.cancelled.wait(), 0.5)
+
+
+async def test_a_second_signal_cuts_the_drain_and_calls_still_end_with_our_own_error(tmp_path: Path) -> None:
+    async with running(tmp_path, ScriptedServicer(deltas=10_000, pause_s=0.05), drain_grace_s=600) as (
+        stub,
+        address,
+        task,
+    ):
+        await until_serving(address)
+        stream = aiter(stub.Generate(llm_service_pb2.GenerateRequest(), wait_for_ready=True))
+        await anext(stream)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(3):
+            await anext(stream)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stream:
+                pass
+        assert isinstance(from_rpc_error(caught.value, LlmUnavailable), NotReady)
+        await asyncio.wait_for(task, 10)
+
+
+async def test_a_service_whose_part_has_stopped_says_so_and_ends(tmp_path: Path) -> None:
+    broken = asyncio.Event()
+    servicer = ScriptedServicer(deltas=10_000, pause_s=0.05)
+    async with running(tmp_path, servicer, drain_grace_s=600, broken=broken) as (stub, address, task):
+        await until_serving(address)
+        stream = aiter(stub.Generate(llm_service_pb2.GenerateRequest(), wait_for_ready=True))
+        await anext(stream)
+        broken.set()
+        async with grpc.aio.insecure_channel(address) as channel:
+            checks = health_pb2_grpc.HealthStub(channel)
+            for name in ("readiness", "liveness", ""):
+                answer = await checks.Check(health_pb2.HealthCheckRequest(service=name))
+                assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING, name
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stream:
+                pass
+        assert isinstance(from_rpc_error(caught.value, LlmUnavailable), NotReady)
+        with pytest.raises(PartStopped):
+            await asyncio.wait_for(task, 10)
+
+
+async def test_two_address_files_that_differ_in_their_suffix_do_not_share_a_partial_file(tmp_path: Path) -> None:
+    (tmp_path / "stack.partial").mkdir()
+    for name in ("stack.llm", "stack.vision"):
+        file = tmp_path / name
+        async with running(tmp_path, ScriptedServicer(), address_file=file) as (_, address, _):
+            assert file.read_text() == address
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["stack.llm", "stack.partial", "stack.vision"]
+
+
+SCRIPT = """
+import asyncio, sys, time
+from contextlib import asynccontextmanager
+from pathlib import Path
+from internvl_serving.llm.v1 import llm_service_pb2_grpc
+from shared.errors import CheckpointError
+from shared.rpc.server import Application, run
+from shared.settings import ServiceSettings
+
+class Servicer(llm_service_pb2_grpc.LlmServiceServicer):
+    async def CountTokens(self, request, context):
+        raise ValueError("a long line for the log")
+
+def register(server):
+    llm_service_pb2_grpc.add_LlmServiceServicer_to_server(Servicer(), server)
+
+async def warm_up():
+    pass
+
+async def close():
+    pass
+
+broken = asyncio.Event()
+BODY
+
+@asynccontextmanager
+async def lifespan(settings, address):
+    yield Application(register, ["internvl_serving.llm.v1.LlmService"], warm_up, broken)
+    await close()
+
+run(ServiceSettings(log_format="json", address_file=Path(sys.argv[1]), drain_grace_s=600), "example", lifespan)
+"""
+
+
+@contextmanager
+def started(body: str, address_file: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a service as a process with `body` in its place of the script; it is gone afterwards."""
+    command = [sys.executable, "-c", SCRIPT.replace("BODY", body), str(address_file)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def listening(process: "subprocess.Popen[bytes]", address_file: Path) -> str:
+    while not address_file.exists():
+        assert process.poll() is None
+        await asyncio.sleep(0.02)
+    return address_file.read_text()
+
+
+LOADING = """
+async def warm_up():
+    await asyncio.to_thread(time.sleep, 30)
+"""
+
+
+async def test_sigterm_while_a_thread_is_loading_ends_the_process_promptly(tmp_path: Path) -> None:
+    with started(LOADING, tmp_path / "address") as process:
+        await listening(process, tmp_path / "address")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+
+
+async def test_a_broken_service_ends_its_process_with_one_line_although_a_thread_goes_on(tmp_path: Path) -> None:
+    body = """
+async def warm_up():
+    asyncio.get_running_loop().run_in_executor(None, time.sleep, 30)
+    asyncio.get_running_loop().call_later(0.1, broken.set)
+"""
+    with started(body, tmp_path / "address") as process:
+        errors = process.communicate(timeout=20)[1].decode().splitlines()
+    assert process.returncode == 1
+    assert errors[-1] == "example: a part that it cannot work without has stopped; see the log."
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "logged"),
+    [
+        ("async def warm_up(): raise CheckpointError('no such tensor')", "example: no such tensor", False),
+        (
+            "async def warm_up():\n    secret = 'CANARY'\n    raise KeyError(1)",
+            "example: could not start: KeyError; see the log above.",
+            True,
+        ),
+        (
+            "def register(server):\n    secret = 'CANARY'\n    raise KeyError(1)",
+            "example: could not start: KeyError; see the log above.",
+            True,
+        ),
+        (
+            "async def warm_up():\n    async with asyncio.TaskGroup() as group:\n        1 / 0",
+            "example: could not start: ZeroDivisionError; see the log above.",
+            True,
+        ),
+        ("async def warm_up(): raise TimeoutError", "example: could not start: TimeoutError; see the log above.", True),
+        (
+            "async def warm_up(): broken.set()\nasync def close(): raise KeyError(1)",
+            "example: failed while it stopped: KeyError; see the log above.",
+            True,
+        ),
+    ],
+)
+def test_what_keeps_a_service_from_running_is_its_last_line(body: str, line: str, logged: bool, tmp_path: Path) -> None:
+    with started(body, tmp_path / "address") as process:
+        errors = process.communicate(timeout=20)[1].decode()
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == line
+    assert ('"exception"' in errors) == logged
+    assert "Traceback" not in errors
+    assert "never awaited" not in errors
+    assert "CANARY" not in errors
+
+
+def test_an_address_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with started("", tmp_path / "absent" / "address") as process:
+        errors = process.communicate(timeout=20)[1].decode()
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("example: ")
+    assert "absent" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert "never awaited" not in errors
+
+
+async def test_a_log_that_nobody_reads_stops_neither_calls_nor_the_end(tmp_path: Path) -> None:
+    with started("", tmp_path / "address") as process:
+        address = await listening(process, tmp_path / "address")
+        await until_serving(address)
+        async with open_channel(address, 8 << 20) as channel:
+            stub = llm_service_pb2_grpc.LlmServiceStub(channel)
+            for _ in range(300):  # more than twice what a pipe holds
+                error = await error_of(stub.CountTokens(REQUEST, timeout=20))
+                assert isinstance(error, InternalError)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0

@@ -1,8 +1,11 @@
 """Stored values hold the tensor exactly, and nothing that was changed is ever taken for it."""
 
 import random
+import struct
+from dataclasses import replace
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,3 +96,88 @@ def test_tensors_come_back_bit_for_bit(data_type: DataType) -> None:
     tensor = torch.randn(of.token_count, of.hidden_size).to(getattr(torch, data_type))
     assert data_type_of(tensor) == data_type
     assert torch.equal(tensor_of(Embedding(DIGEST, of, bytes_of(tensor))), tensor)
+
+
+def test_groups_are_verified_one_by_one_into_their_places() -> None:
+    of = info(13, 256, 896)
+    _, groups = FORMAT.pack(embedding(of))
+    payload = bytearray(of.size_bytes)
+    for index in reversed(range(of.group_count)):
+        assert FORMAT.unpack_group(DIGEST, of, index, groups[index], payload)
+    assert bytes(payload) == bytes(embedding(of).payload)
+    untouched = bytes(payload)
+    assert not FORMAT.unpack_group(DIGEST, of, 0, groups[1], payload)
+    assert not FORMAT.unpack_group(DIGEST, of, 1, groups[1][:-2], payload)
+    assert not FORMAT.unpack_group(DIGEST, of, of.group_count, groups[0], payload)
+    assert bytes(payload) == untouched
+
+
+HEADER = struct.Struct("<4sHBBIIIIIIIII32s")
+
+
+def forged(**changes: int | bytes) -> bytes:
+    """Return a value that whoever knows that there is no key can make: every field as wished, and a MAC that fits."""
+    fields: dict[str, int | bytes] = {
+        "magic": b"IVLE", "version": 1, "data_type": 0, "reserved": 0, "tiles": 1, "tokens": 1, "hidden": 1,
+        "width": 1, "height": 1, "columns": 1, "grid_rows": 1, "group": 0xFFFFFFFF, "groups": 1,
+        "digest": bytes.fromhex(DIGEST),
+    }  # fmt: skip
+    header = HEADER.pack(*(fields | changes).values())
+    key = blake3(b"", derive_key_context="internvl-serving embedding values v1").digest()
+    return header + blake3(header, key=key).digest()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data_type": 3},
+        {"data_type": 9},
+        {"data_type": 255},
+        {"tokens": 1 << 24, "hidden": 1 << 22, "groups": 1 << 25},  # 64 TiB
+        {"tiles": 0},
+        {"tokens": 0},
+        {"hidden": 0},
+        {"tiles": 1 << 31, "tokens": 1 << 31},
+        {"tiles": 4097, "tokens": 4097},
+        {"tokens": (1 << 22) + 1},
+        {"hidden": (1 << 16) + 1},
+        {"tokens": 1 << 22, "hidden": 1 << 16, "groups": 1 << 19},  # each within its bound, 1 TiB together
+        {"tiles": 2, "tokens": 3},
+        {"columns": 1 << 20},
+        {"grid_rows": 0},
+        {"width": 0xFFFFFFFF},
+        {"groups": 0},
+        {"groups": 2},
+        {"groups": 0xFFFFFFFF},
+        {"version": 2},
+        {"magic": b"RIFF"},
+        {"group": 0},
+        {"digest": bytes.fromhex(OTHER_DIGEST)},
+    ],
+)
+def test_a_forged_header_is_a_miss_even_where_its_mac_fits(changes: dict[str, int | bytes]) -> None:
+    nobodys_key = EmbeddingFormat("")
+    assert nobodys_key.unpack_manifest(DIGEST, forged()) is not None
+    assert nobodys_key.unpack_manifest(DIGEST, forged(**changes)) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(numbers=st.lists(st.integers(0, 0xFFFFFFFF), min_size=9, max_size=9), data_type=st.integers(0, 255))
+def test_no_forged_header_raises_or_asks_for_much(numbers: list[int], data_type: int) -> None:
+    names = ("tiles", "tokens", "hidden", "width", "height", "columns", "grid_rows", "group", "groups")
+    value = forged(data_type=data_type, **dict(zip(names, numbers, strict=True)))
+    found = EmbeddingFormat("").unpack_manifest(DIGEST, value)
+    assert found is None or found.size_bytes <= 1 << 30
+
+
+def test_what_no_model_makes_is_implausible_and_what_the_largest_makes_is_not() -> None:
+    assert info(41, 256, 8192, "float32").plausible()
+    assert info(4096, 1, 64).plausible()
+    assert not replace(info(), width=-1).plausible()
+    assert not replace(info(), data_type="int8").plausible()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [b"", b"x", bytes(76 + 32), None, 7, "text", [b"x"]])
+def test_whatever_a_store_answers_is_a_miss(value: object) -> None:
+    assert FORMAT.unpack_manifest(DIGEST, value) is None  # type: ignore[arg-type]
+    assert FORMAT.unpack(DIGEST, info(), [value]) is None  # type: ignore[list-item]
