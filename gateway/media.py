@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -17,6 +16,7 @@ from gateway.dialogue import Dialogue
 from gateway.reach import reaching_store
 from shared.digest import digest_of
 from shared.errors import MediaDigestMismatch, MediaNotFound, MediaTooLarge, MediaUnreadable, StoreUnavailable
+from shared.lru import LruCache
 from shared.store import CircuitBreaker
 
 log = structlog.get_logger()
@@ -49,30 +49,11 @@ class MediaStore(Protocol):
         """Keep those of `digests` that are held for at least `ttl_s` more."""
 
 
-class LocalMediaCache:
-    """Bytes of media in this process's memory, least recently used first out, bounded in bytes. One loop only."""
+class LocalMediaCache(LruCache[bytes]):
+    """Bytes of media in this process's memory. One loop only."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, bytes] = OrderedDict()
-        self.size_bytes = 0
-
-    def get(self, digest: str) -> bytes | None:
-        """Return the bytes and mark them as just used; None is a miss."""
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-        return self._entries.get(digest)
-
-    def put(self, digest: str, content: bytes) -> None:
-        """Keep the bytes, dropping the least recently used ones to stay within the bound."""
-        self.size_bytes -= len(self._entries.pop(digest, b""))
-        if len(content) > self._max_bytes:
-            return
-        self._entries[digest] = content
-        self.size_bytes += len(content)
-        while self.size_bytes > self._max_bytes:
-            _, dropped = self._entries.popitem(last=False)
-            self.size_bytes -= len(dropped)
+        super().__init__(max_bytes, len)
 
 
 class _Manifest(BaseModel):

@@ -135,10 +135,8 @@ class Answerer:
         async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
                 clock.note(output)
-                if output.token_id not in request.params.stop_token_ids:
-                    yield Delta(text.push(output.token_id), (output.token_id,))
-                else:
-                    yield Delta("", (output.token_id,))
+                ends = output.token_id in request.params.stop_token_ids
+                yield Delta("" if ends else text.push(output.token_id), (output.token_id,))
                 if text.stopped:
                     break
         if rest := text.finish():

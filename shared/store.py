@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from shared.embedding import Embedding, EmbeddingFormat, EmbeddingInfo
+from shared.lru import LruCache
 from shared.settings import EmbeddingStoreSettings
 
 log = structlog.get_logger()
@@ -48,30 +49,20 @@ class LocalEmbeddingCache:
     """Embeddings in this process's memory, least recently used first out, bounded in bytes. One thread only."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, Embedding] = OrderedDict()
-        self.size_bytes = 0
+        self._cache = LruCache[Embedding](max_bytes, lambda embedding: embedding.info.size_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all embeddings that are kept."""
+        return self._cache.size_bytes
 
     def get(self, digest: str) -> Embedding | None:
         """Return the embedding and mark it as just used; None is a miss."""
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-        return self._entries.get(digest)
+        return self._cache.get(digest)
 
     def put(self, embedding: Embedding) -> None:
         """Keep the embedding, dropping the least recently used ones to stay within the bound."""
-        self.delete(embedding.digest)
-        if embedding.info.size_bytes > self._max_bytes:
-            return
-        self._entries[embedding.digest] = embedding
-        self.size_bytes += embedding.info.size_bytes
-        while self.size_bytes > self._max_bytes:
-            self.delete(next(iter(self._entries)))
-
-    def delete(self, digest: str) -> None:
-        """Forget the embedding, if it is there."""
-        if entry := self._entries.pop(digest, None):
-            self.size_bytes -= entry.info.size_bytes
+        self._cache.put(embedding.digest, embedding)
 
 
 class CircuitBreaker:
