@@ -13,7 +13,7 @@ from internvl_client.cli_output import open_console, show_answer
 from internvl_client.client import Client, Conversation
 from internvl_client.errors import InternVLError, InvalidRequestError
 from internvl_client.running import find_running
-from internvl_client.types import GenerationConfig, Image, Part
+from internvl_client.types import Answer, GenerationConfig, Image, Part
 
 app = typer.Typer(
     help="InternVL vision-language models, served. Start a system with `internvl up`, ask it with `internvl chat`.",
@@ -98,18 +98,21 @@ class ChatSession:
         self._config = config
         self._max_tiles = max_tiles
 
-    def open(self, path: Path) -> Image:
-        """Return the picture in a file; raise `CommandFailure` when it cannot be read."""
+    def open(self, path: Path, max_tiles: int | None = None) -> Image:
+        """Return the picture in a file; raise `CommandFailure` when it cannot be read.
+
+        `max_tiles` None takes what the session was made with.
+        """
         try:
-            picture = Image.open(path.expanduser(), max_tiles=self._max_tiles)
+            picture = Image.open(path.expanduser(), max_tiles=max_tiles or self._max_tiles)
         except OSError as error:
             raise CommandFailure(f"cannot read {path}: {error.strerror}.") from None
         self.names[picture.digest] = path.name
         return picture
 
-    def ask(self, conversation: Conversation, *parts: Part) -> None:
-        """Ask one question and show the answer."""
-        show_answer(self.console, conversation.stream(*parts, config=self._config), self.names)
+    def ask(self, conversation: Conversation, *parts: Part) -> Answer:
+        """Ask one question, show the answer and return it."""
+        return show_answer(self.console, conversation.stream(*parts, config=self._config), self.names)
 
     def converse(self, conversation: Conversation, pictures: list[Image]) -> None:
         """Ask what is typed until the input ends; `pictures` go with the first question."""

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 import typer
 from rich.console import Console
 
+from deploy.local.demo import DEFAULT_MODEL, of_drawn_pictures, of_picture, show
 from deploy.local.display import showing_progress
 from deploy.local.stack import LocalStack, StackError, StackOptions
 from internvl_client.cli import INSTALL_HINT, CommandFailure
@@ -21,11 +22,6 @@ from internvl_client.client import Client
 from internvl_client.running import RunningSystem, announce, find_running, withdraw
 from internvl_client.types import GenerationConfig
 
-_REPOSITORY: Final = Path(__file__).parents[2]
-DEFAULT_MODEL: Final = _REPOSITORY / "tests/golden/checkpoints/internvl3-8b-tiny"
-DEFAULT_PICTURE: Final = _REPOSITORY / "examples/pictures/shapes.png"
-_RANDOM_WEIGHTS: Final = _REPOSITORY / "tests/golden"
-_QUESTIONS: Final = ("What is in the picture?", "Which colours do you see?")
 _DEMO_CONFIG: Final = GenerationConfig(max_output_tokens=48)
 _NEEDED: Final = ("torch", "transformers", "safetensors", "redis", "PIL")
 
@@ -70,14 +66,15 @@ def up(
 
 def demo(
     model: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help=f"{_CHECKPOINT_HELP} Default: a tiny one.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help=f"{_CHECKPOINT_HELP} Default: InternVL-nano."),
     ] = None,
     image: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="The picture to ask about.")
-    ] = DEFAULT_PICTURE,
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Ask about this picture, not about drawn ones.")
+    ] = None,
     address: AddressOption = None,
 ) -> None:
-    """Ask two questions about a picture and show what each answer cost.
+    """Ask about pictures, several turns each, and show what each answer cost.
 
     Uses the system at --address, or the one that `internvl up` runs here; otherwise starts one and stops it at the end.
     """
@@ -91,20 +88,9 @@ def demo(
             directory = (model or DEFAULT_MODEL).resolve()
             stack.enter_context(_interrupted_by_signals())
             target = stack.enter_context(_running(console, StackOptions(directory))).address
-        if directory and directory.is_relative_to(_RANDOM_WEIGHTS):
-            console.print("This model is tiny and its weights are random: expect nonsense. What counts is the way.")
-        _ask_twice(console, target, image)
-
-
-def _ask_twice(console: Console, address: str, image: Path) -> None:
-    session = ChatSession(console, _DEMO_CONFIG)
-    picture = session.open(image)
-    with Client(address) as client:
-        conversation = client.create_conversation()
-        for number, question in enumerate(_QUESTIONS):
-            console.print(f"\n> {f'[{image.name}] ' if number == 0 else ''}{question}", style="bold")
-            session.ask(conversation, *([picture] if number == 0 else []), question)
-        conversation.delete()
+        client = stack.enter_context(Client(target))
+        dialogues = of_picture(image) if image else of_drawn_pictures(answered=directory == DEFAULT_MODEL)
+        show(console, client, ChatSession(console, _DEMO_CONFIG), dialogues)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def answer(model: Nano, maker: BatchMaker, situation: Situation) -> str:
 @torch.inference_mode()
 def answer_ids(model: Nano, maker: BatchMaker, situation: Situation) -> list[int]:
     """Return the ids that the model generates greedily, the stop token included."""
-    tiles = [maker.tiles_of(medium) for medium in situation.media]
+    tiles = [maker.view(medium).tiles for medium in situation.media]
     writer = maker.writer
     prompt = writer.prompt(situation.dialogues[0], [len(of_one) for of_one in tiles], situation.system_message)
     of_media = [model.visual_tokens(torch.from_numpy(of_one.copy())) for of_one in tiles]
@@ -153,6 +153,11 @@ def right_answers(model: Nano, batch: Batch) -> tuple[list[int], list[bool]]:
 
 def hidden_states(model: Nano, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the final hidden states [rows, tokens, hidden] of a batch's tensors."""
-    visual = model.visual_tokens(tensors["tiles"])[tensors["sources"]]
-    hidden: torch.Tensor = model(tensors["ids"], tensors["positions"], tensors["branches"], visual, tensors["places"])
+    return hidden_states_over(model, tensors, model.visual_tokens(tensors["tiles"]))
+
+
+def hidden_states_over(model: Nano, tensors: dict[str, torch.Tensor], visual_tokens: torch.Tensor) -> torch.Tensor:
+    """Return the final hidden states of a batch's tensors over the visual tokens of its tiles."""
+    spliced = visual_tokens[tensors["sources"]]
+    hidden: torch.Tensor = model(tensors["ids"], tensors["positions"], tensors["branches"], spliced, tensors["places"])
     return hidden

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from examples.nano.guide import CLASSES, Boxes, Labels, what_is_seen
 from examples.nano.prompts import PromptWriter, TokenSequence
 from examples.nano.world import EASY, FULL, Dialogue, Kind, Medium, Situation, WorldConfig, draw, situation
 from examples.nano.world.chance import generator
@@ -38,10 +39,13 @@ class Batch:
     `positions` count within each dialogue; `branches` is 0 in the trunk, then 1, 2, ..., and -1 where a row is padded;
     `targets` is the token that must follow, where it belongs to an answer; `answers` numbers the answers of the batch.
     Visual token `sources[i]`, counted over all tiles, stands at flat position `places[i]`. `kinds` [answers] indexes
-    `KINDS`. `situations` counts what the batch was made of.
+    `KINDS`. `seen` and `boxes` say what each patch of the tiles shows (`guide.what_is_seen`). `situations` counts what
+    the batch was made of.
     """
 
     tiles: Tiles
+    seen: Labels
+    boxes: Boxes
     ids: Ints
     positions: Ints
     branches: Ints
@@ -95,15 +99,17 @@ class BatchMaker:
         """Return the batch of these situations."""
         return _collate([self._row(found) for found in situations], self.writer.config.tokens_per_tile)
 
-    def tiles_of(self, medium: Medium) -> Tiles:
-        """Return a picture's tiles, drawn and cut by the product's own preprocessing."""
+    def view(self, medium: Medium) -> "View":
+        """Return a picture's tiles, drawn and cut by the product's own preprocessing, and what they show."""
         picture = draw(medium.scene)
         spec = self.spec.adjusted(medium.max_tiles, None)
-        return cut_tiles(picture, choose_grid(picture.width, picture.height, spec), spec)
+        grid = choose_grid(picture.width, picture.height, spec)
+        seen, boxes = what_is_seen(medium.scene, grid, spec, spec.tile_size // self.writer.config.patch_size)
+        return View(cut_tiles(picture, grid, spec), seen, boxes)
 
     def _row(self, found: Situation) -> "_Row":
-        tiles = [self.tiles_of(medium) for medium in found.media]
-        counts = [len(of_one) for of_one in tiles]
+        views = [self.view(medium) for medium in found.media]
+        counts = [len(view.tiles) for view in views]
         fitting: list[TokenSequence] = []
         for dialogue in found.dialogues:
             wider = [*fitting, self._sequence(dialogue, counts, found.system_message)]
@@ -111,7 +117,7 @@ class BatchMaker:
             length = trunk + sum(len(sequence.ids) - trunk for sequence in wider)
             if fitting and length > self.recipe.max_tokens:
                 continue
-            fitting, row = wider, _Row(tiles, tuple(wider), trunk, length)
+            fitting, row = wider, _Row(views, tuple(wider), trunk, length)
         return row
 
     def _sequence(self, dialogue: Dialogue, tile_counts: list[int], system_message: str | None) -> TokenSequence:
@@ -124,8 +130,17 @@ class BatchMaker:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """The tiles of a picture and what each patch of them shows."""
+
+    tiles: Tiles
+    seen: Labels
+    boxes: Boxes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Row:
-    tiles: list[Tiles]
+    views: list[View]
     sequences: tuple[TokenSequence, ...]
     trunk: int
     length: int
@@ -214,9 +229,11 @@ def _collate(rows: Sequence[_Row], tokens_per_tile: int) -> Batch:
     arrays = _Arrays(shape, tokens_per_tile)
     for index, row in enumerate(rows):
         arrays.add(index, row)
-    tiles = list(chain.from_iterable(row.tiles for row in rows))
+    views = list(chain.from_iterable(row.views for row in rows)) or [_NO_VIEW]
     return Batch(
-        tiles=np.concatenate(tiles) if tiles else np.zeros((0, 1, 1, 3), np.uint8),
+        tiles=np.concatenate([view.tiles for view in views]),
+        seen=np.concatenate([view.seen for view in views]),
+        boxes=np.concatenate([view.boxes for view in views]),
         ids=arrays.ids,
         positions=arrays.positions,
         branches=arrays.branches,
@@ -228,6 +245,11 @@ def _collate(rows: Sequence[_Row], tokens_per_tile: int) -> Batch:
         kinds=np.array(arrays.kinds, np.int64),
         situations=len(rows),
     )
+
+
+_NO_VIEW = View(
+    np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0, 1, len(CLASSES)), np.int64), np.zeros((0, 1, 4), np.float32)
+)
 
 
 class _Arrays:
@@ -247,7 +269,7 @@ class _Arrays:
         self._num_visual = 0
 
     def add(self, row: int, content: _Row) -> None:
-        lengths = [len(tiles) * self._per_tile for tiles in content.tiles]
+        lengths = [len(view.tiles) * self._per_tile for view in content.views]
         starts = [self._num_visual + sum(lengths[:medium]) for medium in range(len(lengths))]
         end = content.trunk
         for branch, sequence in enumerate(content.sequences, start=1):

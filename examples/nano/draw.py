@@ -20,10 +20,15 @@ _STEEL = Background("stripes", (222, 230, 240), (206, 214, 226))
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """Pictures by file name, and a dialogue about them: questions with the answers that are right."""
+    """Pictures by file name, and a dialogue about them: questions with the answers that are right.
+
+    `label` comes before each picture, with its number; `max_tiles` None leaves the tiling to the model.
+    """
 
     pictures: dict[str, Scene]
     dialogue: tuple[tuple[str, str], ...]
+    label: str = ""
+    max_tiles: int | None = None
 
 
 def demos() -> list[Demo]:
@@ -51,10 +56,13 @@ def demos() -> list[Demo]:
         Demo(
             {"before.png": before, "after.png": after},
             (("Do both images show the same shape?", "yes"), ("What colour is the triangle in Image-2?", "orange")),
+            label="Image-{}: ",
         ),
         Demo(
             {f"frame-{index}.png": frame for index, frame in enumerate(frames, start=1)},
             (("Which way does the ring move?", "right"),),
+            label="Frame{}: ",
+            max_tiles=1,
         ),
     ]
 
@@ -69,6 +77,8 @@ def main() -> None:
     content = [
         {
             "pictures": list(demo.pictures),
+            "label": demo.label,
+            "max_tiles": demo.max_tiles,
             "dialogue": [{"question": question, "answer": answer} for question, answer in demo.dialogue],
         }
         for demo in found

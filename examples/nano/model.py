@@ -218,5 +218,18 @@ def _grid_waves(side: int, width: int) -> torch.Tensor:
 
 def tensors_of(batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """Return a batch's arrays on a device, by name."""
-    names = ("tiles", "ids", "positions", "branches", "targets", "weights", "answers", "places", "sources", "kinds")
+    names = (
+        "tiles",
+        "seen",
+        "boxes",
+        "ids",
+        "positions",
+        "branches",
+        "targets",
+        "weights",
+        "answers",
+        "places",
+        "sources",
+        "kinds",
+    )
     return {name: torch.from_numpy(getattr(batch, name)).to(device, non_blocking=True) for name in names}

@@ -105,6 +105,7 @@ class Run:
         left = progress.seconds * (1 - done) / max(done, 1e-9)
         return (
             f"{done:6.1%}  step {progress.step}  loss {self._loss:.4f}  "
+            f"seeing {self._trainer.seeing_loss:.3f}  "
             f"{situations / here:.1f} situations/s  {answers / here:.0f} answers/s  "
             f"{progress.situations} situations  {_clock(progress.seconds)} done  {_clock(left)} left"
         )
@@ -145,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _trainer(chosen: argparse.Namespace, device: torch.device) -> Trainer:
     tokenizer = hashlib.sha256((chosen.out / "vocab.json").read_bytes()).hexdigest()[:12]
     identity = (
-        f"shape={chosen.shape} seed={chosen.seed} batch={chosen.batch} max_tokens={chosen.max_tokens} "
+        f"guided shape={chosen.shape} seed={chosen.seed} batch={chosen.batch} max_tokens={chosen.max_tokens} "
         f"tokenizer={tokenizer}"
     )
     plan = Plan(
@@ -246,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=16, help="situations of one step")
     add("--max-tokens", type=int, default=224, help="of one row: so many dialogues about its pictures are taken")
     add("--easy", type=int, default=20_000, help="situations until the easy world is left behind")
-    add("--learning-rate", type=float, default=1.5e-3)
+    add("--learning-rate", type=float, default=2e-3)
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--measure-minutes", type=float, default=5.0, help="between measurements, which also save the state")

@@ -1,9 +1,8 @@
 """Training: one step, the schedule, the moving average of the weights, and the state that a later run goes on from."""
 
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from examples.nano.accuracy import hidden_states
+from examples.nano.accuracy import hidden_states_over
 from examples.nano.batches import NO_TARGET, Batch
+from examples.nano.guide import Guide
 from examples.nano.model import Nano, tensors_of
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,10 @@ class Plan:
 
     situations: int | None
     seconds: float | None
-    learning_rate: float = 1.5e-3
-    final_share: float = 0.03
+    learning_rate: float = 2e-3
+    matrix_share: float = 2.0  # of the learning rate, for the matrices that Muon steps
+    guide_share: float = 0.5  # of the guide's loss
+    falling_part: float = 0.3  # of the training, at its end: the rate stays until then, and falls to zero
     warm_up_steps: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -63,28 +67,34 @@ class Trainer:
         self.model = model.to(device)
         self.plan = plan
         self.progress = Progress()
+        self.seeing_loss = 0.0
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        tower = model.tower.config
+        torch.manual_seed(0)
+        self.guide = Guide(tower.hidden_size, tower.shuffle_factor).to(device)
         self._device, self._dtype, self._identity = device, dtype, identity
-        self._optimiser = torch.optim.AdamW(
-            _groups(model, plan.weight_decay), lr=plan.learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True
-        )
+        self._optimisers = _optimisers(model, self.guide, plan)
 
     def step(self, batch: Batch) -> float:
         """Learn from a batch; return its loss, the mean over answer tokens by their weights.
 
         A step whose gradients are not numbers changes nothing.
         """
-        for group in self._optimiser.param_groups:
-            group["lr"] = self._learning_rate()
-        loss = self._loss(tensors_of(batch, self._device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        for optimiser in self._optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self._learning_rate() * group["share"]
+        loss, seeing = self._losses(tensors_of(batch, self._device))
+        (loss + self.plan.guide_share * seeing).backward()  # type: ignore[no-untyped-call]
+        self.seeing_loss = float(seeing.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         if torch.isfinite(norm):
-            self._optimiser.step()
+            for optimiser in self._optimisers:
+                optimiser.step()
             self._update_average()
         else:
             self.progress.skipped_steps += 1
-        self._optimiser.zero_grad(set_to_none=True)
+        for optimiser in self._optimisers:
+            optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
         self.progress.situations += batch.situations
         self.progress.answers += len(batch.kinds)
@@ -100,9 +110,9 @@ class Trainer:
     def save(self, file: Path) -> None:
         """Write everything that `load` needs, at once or not at all."""
         tensors = {f"average.{name}": tensor for name, tensor in self.average.items()}
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
-            for moment, value in self._optimiser.state.get(parameter, {}).items():
+        for name, parameter in self._learning():
+            tensors[name] = parameter.detach()
+            for moment, value in self._state_of(parameter).items():
                 tensors[f"{moment}.{name}"] = value.detach().float()
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_name(f".{file.name}.new")
@@ -118,23 +128,38 @@ class Trainer:
                 raise StateMismatch(f"{file} was written by {metadata.get('identity')}, this is {self._identity}.")
             self.progress = Progress(**json.loads(metadata["progress"]))
             names = set(stored.keys())
-            for name, parameter in self.model.named_parameters():
-                parameter.data.copy_(stored.get_tensor(f"model.{name}"))
-                self.average[name].copy_(stored.get_tensor(f"average.{name}"))
-                moments = {key: f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step")}
-                if moments["step"] in names:
-                    self._optimiser.state[parameter] = {
-                        key: stored.get_tensor(stored_name) for key, stored_name in moments.items()
-                    }
+            for name, average in self.average.items():
+                average.copy_(stored.get_tensor(f"average.{name}"))
+            for name, parameter in self._learning():
+                parameter.data.copy_(stored.get_tensor(name))
+                moments = [moment for moment in _MOMENTS if f"{moment}.{name}" in names]
+                self._state_of(parameter).update({moment: stored.get_tensor(f"{moment}.{name}") for moment in moments})
 
-    def _loss(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _learning(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield everything that learns, by the name it is saved under."""
+        for name, parameter in self.model.named_parameters():
+            yield f"model.{name}", parameter
+        for name, parameter in self.guide.named_parameters():
+            yield f"guide.{name}", parameter
+
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        """Return the moments that the parameter's optimiser keeps; filling them in is how training goes on."""
+        for optimiser in self._optimisers:
+            if any(parameter is owned for group in optimiser.param_groups for owned in group["params"]):
+                return optimiser.state[parameter]
+        raise AssertionError("every parameter has an optimiser")
+
+    def _losses(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of the answers and that of the guide."""
         with self._precision():
-            hidden = hidden_states(self.model, dict(tensors))
+            visual_tokens = self.model.visual_tokens(tensors["tiles"])
+            hidden = hidden_states_over(self.model, dict(tensors), visual_tokens)
             asked = tensors["targets"] != NO_TARGET
             logits = self.model.logits(hidden[asked])
+            seeing = self.guide(visual_tokens, tensors["seen"], tensors["boxes"])
         losses = functional.cross_entropy(logits, tensors["targets"][asked], reduction="none")
         weights = tensors["weights"][asked]
-        return (losses * weights).sum() / weights.sum()
+        return (losses * weights).sum() / weights.sum(), seeing
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
@@ -144,8 +169,7 @@ class Trainer:
     def _learning_rate(self) -> float:
         plan = self.plan
         warm = min(1.0, (self.progress.step + 1) / plan.warm_up_steps)
-        falling = 0.5 * (1 + math.cos(math.pi * self.progress.fraction(plan)))
-        return plan.learning_rate * warm * (plan.final_share + (1 - plan.final_share) * falling)
+        return plan.learning_rate * warm * min(1.0, (1 - self.progress.fraction(plan)) / plan.falling_part)
 
     def _update_average(self) -> None:
         decay = min(self.plan.average_decay, (1 + self.progress.step) / (10 + self.progress.step))
@@ -155,11 +179,21 @@ class Trainer:
             )
 
 
-def _groups(model: Nano, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameters in two groups: only matrices of layers decay."""
-    decaying: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
+def _optimisers(model: Nano, guide: Guide, plan: Plan) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of layers, AdamW for all else.
+
+    Muon's steps are scaled to the size of AdamW's, so that one schedule serves both.
+    """
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = list(guide.parameters())
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() > 1 and not name.endswith(("embedding", "embed.weight", "head.weight"))
-        (decaying if is_matrix else others).append(parameter)
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        is_matrix = parameter.dim() == 2 and not name.endswith(("embed.weight", "head.weight"))
+        (matrices if is_matrix else others).append(parameter)
+    return [
+        torch.optim.Muon(
+            [{"params": matrices, "share": plan.matrix_share}],
+            weight_decay=plan.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW([{"params": others, "share": 1.0}], betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]

@@ -38,7 +38,7 @@ def tower(directory: Path) -> VisionTower:
 
 def request_of(maker: BatchMaker, tower: VisionTower, found: Situation, stop_ids: frozenset[int]) -> EngineRequest:
     """The engine's request for the situation's question, its embeddings made by the vision service's tower."""
-    tiles = [maker.tiles_of(medium).copy() for medium in found.media]
+    tiles = [maker.view(medium).tiles.copy() for medium in found.media]
     prompt = maker.writer.prompt(found.dialogues[0], [len(of_one) for of_one in tiles], found.system_message)
     with torch.inference_mode():
         rows = [tower(torch.from_numpy(of_one)).flatten(0, 1) for of_one in tiles]

@@ -64,7 +64,7 @@ def test_a_training_prompt_is_what_gateway_and_llm_service_make_of_it(
     index: int, directory: Path, maker: BatchMaker
 ) -> None:
     found = SITUATIONS[index]
-    tile_counts = [len(maker.tiles_of(medium)) for medium in found.media]
+    tile_counts = [len(maker.view(medium).tiles) for medium in found.media]
     for dialogue in found.dialogues[:2]:
         prompt = maker.writer.prompt(dialogue, tile_counts, found.system_message)
         assert list(prompt.ids) == served_ids(directory, found, dialogue, tile_counts)

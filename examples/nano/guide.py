@@ -1,0 +1,171 @@
+"""What each patch of a picture shows, known exactly because the picture was drawn, and a loss for not seeing it.
+
+Answers alone say little about where a model should look. In training a guide therefore reads the visual tokens, through
+one linear layer that is thrown away afterwards, and asks of each patch: what shape, colour or letter is here, which
+letter of the text is it, is this the middle of something, and where does it end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional
+
+from examples.nano.world import Scene
+from examples.nano.world.fonts import font
+from examples.nano.world.scene import Box, Writing
+from examples.nano.world.vocabulary import COLOURS, SHAPES
+from vision_service.preprocess.tiling import Grid, TilingSpec
+
+_SHAPES: Final = (*SHAPES, "bar")
+_COLOURS: Final = tuple(COLOURS)
+_LETTERS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+_MOST_LETTERS: Final = 8
+# What is said of each patch, and in how many ways; 0 means that nothing is there.
+CLASSES: Final = (1 + len(_SHAPES), 1 + len(_COLOURS), 1 + len(_LETTERS), 1 + _MOST_LETTERS, 2)
+_SHAPE, _COLOUR, _LETTER, _PLACE, _MIDDLE = range(len(CLASSES))
+UNKNOWN: Final = -1
+_POINTS: Final = (1 / 6, 1 / 2, 5 / 6)  # of a patch, both ways
+_EMPTY_WEIGHT, _MIDDLE_WEIGHT, _BOX_WEIGHT = 0.1, 2.0, 4.0
+
+Labels = npt.NDArray[np.int64]
+Boxes = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Something with an outline: a thing, a bar, or one letter of a text."""
+
+    labels: tuple[int, int, int, int]
+    box: Box
+    outline: tuple[tuple[float, float], ...] | None = None
+    is_round: bool = False
+
+
+def what_is_seen(scene: Scene, grid: Grid, spec: TilingSpec, patches: int) -> tuple[Labels, Boxes]:
+    """Return labels [tiles, patches², len(CLASSES)] and boxes [tiles, patches², 4] of a picture's tiles, row by row.
+
+    Boxes are fractions of the tile, cut off at its sides. Where a tile does not show the whole picture, which letter of
+    the text it shows is `UNKNOWN`.
+    """
+    parts = list(_parts(scene))
+    covered = _covered(scene, parts)
+    views = list(_views(grid, spec))
+    labels = np.zeros((len(views), patches, patches, len(CLASSES)), np.int64)
+    boxes = np.zeros((len(views), patches, patches, 4), np.float32)
+    of_part = np.array([(0, 0, 0, 0), *(part.labels for part in parts)], np.int64)
+    for index, view in enumerate(views):
+        numbers = _numbers_of_patches(covered, view, patches)
+        labels[index, ..., :_MIDDLE] = of_part[numbers]
+        if len(views) > 1 and index < len(views) - 1:
+            labels[index, ..., _PLACE] = np.where(labels[index, ..., _PLACE] > 0, UNKNOWN, 0)
+        ends = np.array([(0, 0, 0, 0), *(_within(part.box, view, scene) for part in parts)], np.float32)
+        boxes[index] = np.clip(ends, 0, 1)[numbers]
+        for left, top, right, bottom in ends[1:]:
+            column, row = int((left + right) / 2 * patches // 1), int((top + bottom) / 2 * patches // 1)
+            if 0 <= column < patches and 0 <= row < patches:
+                labels[index, row, column, _MIDDLE] = 1
+    return labels.reshape(len(views), -1, len(CLASSES)), boxes.reshape(len(views), -1, 4)
+
+
+class Guide(nn.Module):
+    """Reads patches from visual tokens. Used in training only."""
+
+    def __init__(self, hidden_size: int, shuffle_factor: int) -> None:
+        super().__init__()
+        self._factor = shuffle_factor
+        self.read = nn.Linear(hidden_size, shuffle_factor**2 * (sum(CLASSES) + 4))
+        nn.init.normal_(self.read.weight, std=0.02)
+        nn.init.zeros_(self.read.bias)
+
+    def forward(self, visual_tokens: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Return the loss of visual tokens [tiles * tokens, hidden] against what `what_is_seen` says of the tiles."""
+        cells = self._factor**2
+        tokens = functional.rms_norm(visual_tokens.float(), visual_tokens.shape[-1:])
+        said = self.read(tokens).view(len(tokens) * cells, -1).float().split((*CLASSES, 4), dim=-1)
+        known = self._by_token(labels)
+        shown = known[:, _COLOUR] > 0
+        weights = torch.where(shown, 1.0, _EMPTY_WEIGHT)
+        loss = torch.zeros((), device=tokens.device)
+        for field in (_SHAPE, _COLOUR, _LETTER, _PLACE):
+            each = functional.cross_entropy(said[field], known[:, field], reduction="none", ignore_index=UNKNOWN)
+            loss = loss + (each * weights).sum() / weights.sum()
+        middle = functional.cross_entropy(said[_MIDDLE], known[:, _MIDDLE], reduction="none")
+        loss = loss + _MIDDLE_WEIGHT * middle.mean()
+        distances = (said[-1] - self._by_token(boxes)).abs().mean(dim=-1)
+        return loss + _BOX_WEIGHT * (distances * shown).sum() / shown.sum().clamp(min=1)
+
+    def _by_token(self, of_patches: torch.Tensor) -> torch.Tensor:
+        """Return [tiles * patches, fields] in the order in which tokens merge patches."""
+        tiles, count, fields = of_patches.shape
+        side = round(count**0.5) // self._factor
+        cells = of_patches.view(tiles, side, self._factor, side, self._factor, fields)
+        return cells.transpose(2, 3).reshape(-1, fields)
+
+
+def _parts(scene: Scene) -> Iterator[_Part]:
+    for thing in scene.things:
+        labels = (1 + _SHAPES.index(thing.shape), 1 + _COLOURS.index(thing.colour), 0, 0)
+        yield _Part(labels, thing.box, tuple(thing.outline()), thing.shape in ("circle", "ring"))
+    for bar in scene.bars:
+        yield _Part((len(_SHAPES), 1 + _COLOURS.index(bar.colour), 0, 0), bar.box)
+    if scene.writing:
+        yield from _letters(scene.writing)
+
+
+def _letters(writing: Writing) -> Iterator[_Part]:
+    face = font(writing.face, writing.size_px)
+    _, top, _, bottom = writing.box
+    for index, letter in enumerate(writing.text.lower()):
+        left, right = (writing.x + face.getlength(writing.text[:end]) for end in (index, index + 1))
+        place = min(_MOST_LETTERS, 1 + index)
+        labels = (0, 1 + _COLOURS.index(writing.colour), 1 + _LETTERS.index(letter), place)
+        yield _Part(labels, (left, top, right, bottom))
+
+
+def _covered(scene: Scene, parts: list[_Part]) -> npt.NDArray[np.uint8]:
+    """Return for each pixel which part is there, counted from 1; 0 is the background."""
+    picture = Image.new("L", (scene.width, scene.height))
+    pen = ImageDraw.Draw(picture)
+    for number, part in enumerate(parts, start=1):
+        if part.is_round:
+            pen.ellipse(part.box, fill=number)
+        elif part.outline:
+            pen.polygon(part.outline, fill=number)
+        else:
+            pen.rectangle(part.box, fill=number)
+    return np.asarray(picture)
+
+
+def _views(grid: Grid, spec: TilingSpec) -> Iterator[Box]:
+    """Yield what each tile shows, in fractions of the picture."""
+    for row in range(grid.rows):
+        for column in range(grid.columns):
+            yield column / grid.columns, row / grid.rows, (column + 1) / grid.columns, (row + 1) / grid.rows
+    if spec.thumbnail and grid.tile_count > 1:
+        yield 0.0, 0.0, 1.0, 1.0
+
+
+def _numbers_of_patches(covered: npt.NDArray[np.uint8], view: Box, patches: int) -> npt.NDArray[np.uint8]:
+    """Return the part that each patch shows, [patches, patches]; the one drawn last where there are several."""
+    steps = np.add.outer(np.arange(patches), _POINTS).ravel() / patches
+    height, width = covered.shape
+    left, top, right, bottom = view
+    xs = np.minimum(width - 1, ((left + (right - left) * steps) * width).astype(int))
+    ys = np.minimum(height - 1, ((top + (bottom - top) * steps) * height).astype(int))
+    points = covered[np.ix_(ys, xs)].reshape(patches, len(_POINTS), patches, len(_POINTS))
+    found: npt.NDArray[np.uint8] = points.max(axis=(1, 3))
+    return found
+
+
+def _within(box: Box, view: Box, scene: Scene) -> Box:
+    """Return a box in fractions of a view."""
+    left, top, right, bottom = view
+    across, down = (right - left) * scene.width, (bottom - top) * scene.height
+    x, y = left * scene.width, top * scene.height
+    return (box[0] - x) / across, (box[1] - y) / down, (box[2] - x) / across, (box[3] - y) / down
