@@ -17,12 +17,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from examples.nano.guide import CLASSES, Boxes, Labels, what_is_seen
+from examples.nano.guide import CLASSES, Boxes, Labels, what_a_collage_shows, what_is_seen
 from examples.nano.prompts import PromptWriter, TokenSequence
-from examples.nano.world import EASY, FULL, Dialogue, Kind, Medium, Situation, WorldConfig, draw, situation
+from examples.nano.world import EASY, FULL, Dialogue, Kind, Medium, Situation, WorldConfig, collage, draw, situation
 from examples.nano.world.chance import generator
 from vision_service.preprocess.image import Tiles, cut_tiles
-from vision_service.preprocess.tiling import TilingSpec, choose_grid
+from vision_service.preprocess.tiling import Grid, TilingSpec, choose_grid
 
 KINDS: Final = tuple(Kind)
 Ints = npt.NDArray[np.int64]
@@ -60,13 +60,19 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What batches are made of. The first `easy_situations` are drawn less and less often from the easy world."""
+    """What batches are made of.
+
+    The first `seeing_steps` are collages without any words; of what follows, the first `easy_situations` are drawn less
+    and less often from the easy world.
+    """
 
     directory: Path
     seed: int
     situations_per_batch: int = 16
     max_tokens: int = 224
     easy_situations: int = 0
+    seeing_steps: int = 0
+    collages_per_batch: int = 48
 
     def config_of(self, index: int) -> WorldConfig:
         """Return the world that situation `index` is drawn from."""
@@ -91,8 +97,10 @@ class BatchMaker:
 
     def batch(self, step: int) -> Batch:
         """Return batch `step`; the same number always gives the same batch."""
-        count = self.recipe.situations_per_batch
-        indices = range(step * count, (step + 1) * count)
+        if step < self.recipe.seeing_steps:
+            return self._collages(step)
+        count, first = self.recipe.situations_per_batch, step - self.recipe.seeing_steps
+        indices = range(first * count, (first + 1) * count)
         return self.batch_of([situation(self.recipe.seed, index, self.recipe.config_of(index)) for index in indices])
 
     def batch_of(self, situations: Sequence[Situation]) -> Batch:
@@ -106,6 +114,17 @@ class BatchMaker:
         grid = choose_grid(picture.width, picture.height, spec)
         seen, boxes = what_is_seen(medium.scene, grid, spec, spec.tile_size // self.writer.config.patch_size)
         return View(cut_tiles(picture, grid, spec), seen, boxes)
+
+    def _collages(self, step: int) -> Batch:
+        """Return a batch of pictures that nothing is said about."""
+        count, config = self.recipe.collages_per_batch, self.writer.config
+        spec = self.spec.adjusted(1, None)
+        views = []
+        for index in range(step * count, (step + 1) * count):
+            found = collage(self.recipe.seed, index, FULL)
+            seen, boxes = what_a_collage_shows(found, spec.tile_size // config.patch_size)
+            views.append(View(cut_tiles(found.draw(), Grid(1, 1), spec), seen, boxes))
+        return _collate([_Row(views, (), 0, 0)], config.tokens_per_tile)
 
     def _row(self, found: Situation) -> "_Row":
         views = [self.view(medium) for medium in found.media]
@@ -243,7 +262,7 @@ def _collate(rows: Sequence[_Row], tokens_per_tile: int) -> Batch:
         places=_joined(arrays.places),
         sources=_joined(arrays.sources),
         kinds=np.array(arrays.kinds, np.int64),
-        situations=len(rows),
+        situations=sum(bool(row.sequences) for row in rows),
     )
 
 

@@ -6,7 +6,8 @@ letter of the text is it, is this the middle of something, and where does it end
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional
 
-from examples.nano.world import Scene
+from examples.nano.world import Collage, Scene
 from examples.nano.world.fonts import font
 from examples.nano.world.scene import Box, Writing
 from examples.nano.world.vocabulary import COLOURS, SHAPES
@@ -28,10 +29,12 @@ _LETTERS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _MOST_LETTERS: Final = 8
 # What is said of each patch, and in how many ways; 0 means that nothing is there.
 CLASSES: Final = (1 + len(_SHAPES), 1 + len(_COLOURS), 1 + len(_LETTERS), 1 + _MOST_LETTERS, 2)
-_SHAPE, _COLOUR, _LETTER, _PLACE, _MIDDLE = range(len(CLASSES))
+_COLOUR, _PLACE, _MIDDLE = 1, 3, 4
 UNKNOWN: Final = -1
+_WHOLE: Final = (0.0, 0.0, 1.0, 1.0)
 _POINTS: Final = (1 / 6, 1 / 2, 5 / 6)  # of a patch, both ways
-_EMPTY_WEIGHT, _MIDDLE_WEIGHT, _BOX_WEIGHT = 0.1, 2.0, 4.0
+# Where nothing of a kind is there counts less: it is most of every picture.
+_EMPTY_WEIGHT, _BOX_WEIGHT = 0.1, 4.0
 
 Labels = npt.NDArray[np.int64]
 Boxes = npt.NDArray[np.float32]
@@ -46,6 +49,54 @@ class _Part:
     outline: tuple[tuple[float, float], ...] | None = None
     is_round: bool = False
 
+    def moved(self, x: float, y: float) -> "_Part":
+        """Return the same further right and down."""
+        left, top, right, bottom = self.box
+        outline = self.outline and tuple((px + x, py + y) for px, py in self.outline)
+        return replace(self, box=(left + x, top + y, right + x, bottom + y), outline=outline)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A picture of known parts. Sizes in pixels."""
+
+    width: int
+    height: int
+    parts: list[_Part]
+
+    def by(self, view: Box, patches: int) -> tuple[Labels, Boxes]:
+        """Return labels [patches², fields] and boxes [patches², 4] of a view, in fractions of the picture."""
+        numbers = _numbers_of_patches(self._covered, view, patches)
+        labels = np.zeros((patches, patches, len(CLASSES)), np.int64)
+        labels[..., :_MIDDLE] = np.array([(0, 0, 0, 0), *(part.labels for part in self.parts)], np.int64)[numbers]
+        ends = np.array([(0, 0, 0, 0), *(self._within(part.box, view) for part in self.parts)], np.float32)
+        for left, top, right, bottom in ends[1:]:
+            column, row = int((left + right) / 2 * patches // 1), int((top + bottom) / 2 * patches // 1)
+            if 0 <= column < patches and 0 <= row < patches:
+                labels[row, column, _MIDDLE] = 1
+        return labels.reshape(-1, len(CLASSES)), np.clip(ends, 0, 1)[numbers].reshape(-1, 4)
+
+    @cached_property
+    def _covered(self) -> npt.NDArray[np.uint8]:
+        """For each pixel which part is there, counted from 1; 0 is the background."""
+        picture = Image.new("L", (self.width, self.height))
+        pen = ImageDraw.Draw(picture)
+        for number, part in enumerate(self.parts, start=1):
+            if part.is_round:
+                pen.ellipse(part.box, fill=number)
+            elif part.outline:
+                pen.polygon(part.outline, fill=number)
+            else:
+                pen.rectangle(part.box, fill=number)
+        return np.asarray(picture)
+
+    def _within(self, box: Box, view: Box) -> Box:
+        """Return a box in fractions of a view."""
+        left, top, right, bottom = view
+        across, down = (right - left) * self.width, (bottom - top) * self.height
+        x, y = left * self.width, top * self.height
+        return (box[0] - x) / across, (box[1] - y) / down, (box[2] - x) / across, (box[3] - y) / down
+
 
 def what_is_seen(scene: Scene, grid: Grid, spec: TilingSpec, patches: int) -> tuple[Labels, Boxes]:
     """Return labels [tiles, patches², len(CLASSES)] and boxes [tiles, patches², 4] of a picture's tiles, row by row.
@@ -53,24 +104,18 @@ def what_is_seen(scene: Scene, grid: Grid, spec: TilingSpec, patches: int) -> tu
     Boxes are fractions of the tile, cut off at its sides. Where a tile does not show the whole picture, which letter of
     the text it shows is `UNKNOWN`.
     """
-    parts = list(_parts(scene))
-    covered = _covered(scene, parts)
-    views = list(_views(grid, spec))
-    labels = np.zeros((len(views), patches, patches, len(CLASSES)), np.int64)
-    boxes = np.zeros((len(views), patches, patches, 4), np.float32)
-    of_part = np.array([(0, 0, 0, 0), *(part.labels for part in parts)], np.int64)
-    for index, view in enumerate(views):
-        numbers = _numbers_of_patches(covered, view, patches)
-        labels[index, ..., :_MIDDLE] = of_part[numbers]
-        if len(views) > 1 and index < len(views) - 1:
-            labels[index, ..., _PLACE] = np.where(labels[index, ..., _PLACE] > 0, UNKNOWN, 0)
-        ends = np.array([(0, 0, 0, 0), *(_within(part.box, view, scene) for part in parts)], np.float32)
-        boxes[index] = np.clip(ends, 0, 1)[numbers]
-        for left, top, right, bottom in ends[1:]:
-            column, row = int((left + right) / 2 * patches // 1), int((top + bottom) / 2 * patches // 1)
-            if 0 <= column < patches and 0 <= row < patches:
-                labels[index, row, column, _MIDDLE] = 1
-    return labels.reshape(len(views), -1, len(CLASSES)), boxes.reshape(len(views), -1, 4)
+    seen = _Seen(scene.width, scene.height, list(_parts(scene)))
+    found = [seen.by(view, patches) for view in _views(grid, spec)]
+    for labels, _ in found[:-1]:
+        labels[..., _PLACE] = np.where(labels[..., _PLACE] > 0, UNKNOWN, 0)
+    return np.stack([labels for labels, _ in found]), np.stack([boxes for _, boxes in found])
+
+
+def what_a_collage_shows(collage: Collage, patches: int) -> tuple[Labels, Boxes]:
+    """Return labels and boxes of a collage that is one tile, as `what_is_seen` does."""
+    parts = [part.moved(x, y) for scene, x, y in collage.placed for part in _parts(scene)]
+    labels, boxes = _Seen(collage.width, collage.height, parts).by(_WHOLE, patches)
+    return labels[None], boxes[None]
 
 
 class Guide(nn.Module):
@@ -90,13 +135,11 @@ class Guide(nn.Module):
         said = self.read(tokens).view(len(tokens) * cells, -1).float().split((*CLASSES, 4), dim=-1)
         known = self._by_token(labels)
         shown = known[:, _COLOUR] > 0
-        weights = torch.where(shown, 1.0, _EMPTY_WEIGHT)
         loss = torch.zeros((), device=tokens.device)
-        for field in (_SHAPE, _COLOUR, _LETTER, _PLACE):
+        for field in range(len(CLASSES)):
+            weights = torch.where(known[:, field] > 0, 1.0, _EMPTY_WEIGHT)
             each = functional.cross_entropy(said[field], known[:, field], reduction="none", ignore_index=UNKNOWN)
             loss = loss + (each * weights).sum() / weights.sum()
-        middle = functional.cross_entropy(said[_MIDDLE], known[:, _MIDDLE], reduction="none")
-        loss = loss + _MIDDLE_WEIGHT * middle.mean()
         distances = (said[-1] - self._by_token(boxes)).abs().mean(dim=-1)
         return loss + _BOX_WEIGHT * (distances * shown).sum() / shown.sum().clamp(min=1)
 
@@ -128,27 +171,13 @@ def _letters(writing: Writing) -> Iterator[_Part]:
         yield _Part(labels, (left, top, right, bottom))
 
 
-def _covered(scene: Scene, parts: list[_Part]) -> npt.NDArray[np.uint8]:
-    """Return for each pixel which part is there, counted from 1; 0 is the background."""
-    picture = Image.new("L", (scene.width, scene.height))
-    pen = ImageDraw.Draw(picture)
-    for number, part in enumerate(parts, start=1):
-        if part.is_round:
-            pen.ellipse(part.box, fill=number)
-        elif part.outline:
-            pen.polygon(part.outline, fill=number)
-        else:
-            pen.rectangle(part.box, fill=number)
-    return np.asarray(picture)
-
-
 def _views(grid: Grid, spec: TilingSpec) -> Iterator[Box]:
     """Yield what each tile shows, in fractions of the picture."""
     for row in range(grid.rows):
         for column in range(grid.columns):
             yield column / grid.columns, row / grid.rows, (column + 1) / grid.columns, (row + 1) / grid.rows
     if spec.thumbnail and grid.tile_count > 1:
-        yield 0.0, 0.0, 1.0, 1.0
+        yield _WHOLE
 
 
 def _numbers_of_patches(covered: npt.NDArray[np.uint8], view: Box, patches: int) -> npt.NDArray[np.uint8]:
@@ -161,11 +190,3 @@ def _numbers_of_patches(covered: npt.NDArray[np.uint8], view: Box, patches: int)
     points = covered[np.ix_(ys, xs)].reshape(patches, len(_POINTS), patches, len(_POINTS))
     found: npt.NDArray[np.uint8] = points.max(axis=(1, 3))
     return found
-
-
-def _within(box: Box, view: Box, scene: Scene) -> Box:
-    """Return a box in fractions of a view."""
-    left, top, right, bottom = view
-    across, down = (right - left) * scene.width, (bottom - top) * scene.height
-    x, y = left * scene.width, top * scene.height
-    return (box[0] - x) / across, (box[1] - y) / down, (box[2] - x) / across, (box[3] - y) / down

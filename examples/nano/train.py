@@ -74,7 +74,8 @@ class Run:
             self._last_line = now
             print(self._line(), flush=True)
         if now - self._last_measurement >= self._reporting.measure_s:
-            self._measure()
+            if progress.situations:
+                self._measure()
             self._trainer.save(self._state)
             self._last_measurement = time.monotonic()
 
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     except StateMismatch as error:
         print(error, file=sys.stderr)
         return 2
-    recipe = Recipe(chosen.out, chosen.seed, chosen.batch, chosen.max_tokens, chosen.easy)
+    recipe = Recipe(chosen.out, chosen.seed, chosen.batch, chosen.max_tokens, chosen.easy, chosen.seeing)
     run = Run(
         trainer,
         recipe,
@@ -146,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _trainer(chosen: argparse.Namespace, device: torch.device) -> Trainer:
     tokenizer = hashlib.sha256((chosen.out / "vocab.json").read_bytes()).hexdigest()[:12]
     identity = (
-        f"guided shape={chosen.shape} seed={chosen.seed} batch={chosen.batch} max_tokens={chosen.max_tokens} "
+        f"shape={chosen.shape} seed={chosen.seed} batch={chosen.batch} max_tokens={chosen.max_tokens} "
+        f"seeing={chosen.seeing} easy={chosen.easy} "
         f"tokenizer={tokenizer}"
     )
     plan = Plan(
@@ -188,6 +190,8 @@ def _record(trainer: Trainer, chosen: argparse.Namespace) -> dict[str, Any]:
         "answers": progress.answers,
         "hours": round(progress.seconds / 3600, 3),
         "batch": chosen.batch,
+        "seeing": chosen.seeing,
+        "easy": chosen.easy,
         "learning_rate": chosen.learning_rate,
         "machine": _machine(chosen.threads),
         "history": progress.history,
@@ -246,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=1, help="processes that draw pictures; 0 draws between the steps")
     add("--batch", type=int, default=16, help="situations of one step")
     add("--max-tokens", type=int, default=224, help="of one row: so many dialogues about its pictures are taken")
+    add("--seeing", type=int, default=3000, help="steps on collages, without words, before all else")
     add("--easy", type=int, default=20_000, help="situations until the easy world is left behind")
     add("--learning-rate", type=float, default=2e-3)
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")

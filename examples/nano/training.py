@@ -30,6 +30,7 @@ class Plan:
     learning_rate: float = 2e-3
     matrix_share: float = 2.0  # of the learning rate, for the matrices that Muon steps
     guide_share: float = 0.5  # of the guide's loss
+    seeing_rate: float = 2.0  # times the learning rate while only pictures are seen
     falling_part: float = 0.3  # of the training, at its end: the rate stays until then, and falls to zero
     warm_up_steps: int = 100
     weight_decay: float = 0.05
@@ -82,11 +83,13 @@ class Trainer:
         """
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = self._learning_rate() * group["share"]
-        loss, seeing = self._losses(tensors_of(batch, self._device))
+                rate = self._learning_rate() * group["share"]
+                group["lr"] = rate if batch.situations else rate * self.plan.seeing_rate
+        loss, seeing = self._losses(tensors_of(batch, self._device), has_answers=bool(batch.situations))
         (loss + self.plan.guide_share * seeing).backward()  # type: ignore[no-untyped-call]
         self.seeing_loss = float(seeing.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
+        learning = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.plan.clip)
         if torch.isfinite(norm):
             for optimiser in self._optimisers:
                 optimiser.step()
@@ -149,10 +152,13 @@ class Trainer:
                 return optimiser.state[parameter]
         raise AssertionError("every parameter has an optimiser")
 
-    def _losses(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of the answers and that of the guide."""
+    def _losses(self, tensors: Mapping[str, torch.Tensor], *, has_answers: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of the answers, zero where there are none, and that of the guide."""
         with self._precision():
             visual_tokens = self.model.visual_tokens(tensors["tiles"])
+            if not has_answers:
+                nothing = torch.zeros((), device=self._device)
+                return nothing, self.guide(visual_tokens, tensors["seen"], tensors["boxes"])
             hidden = hidden_states_over(self.model, dict(tensors), visual_tokens)
             asked = tensors["targets"] != NO_TARGET
             logits = self.model.logits(hidden[asked])

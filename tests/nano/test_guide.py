@@ -1,15 +1,21 @@
 """What a patch shows is what is drawn there, in the order in which visual tokens merge patches."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from examples.nano.batches import BatchMaker
-from examples.nano.guide import CLASSES, UNKNOWN, Guide, what_is_seen
-from examples.nano.world import Bar, Medium, Scene, Thing, Writing
+from examples.nano.batches import BatchMaker, Recipe
+from examples.nano.guide import CLASSES, UNKNOWN, Guide, what_a_collage_shows, what_is_seen
+from examples.nano.model import Nano
+from examples.nano.training import Plan, Trainer
+from examples.nano.world import FULL, Bar, Collage, Medium, Scene, Thing, Writing, collage
 from examples.nano.world.fonts import ink_box
 from examples.nano.world.scene import Background
 from examples.nano.world.vocabulary import COLOURS, SHAPES
+from shared.checkpoint import read_config
 from vision_service.model.projector import pixel_shuffle
 from vision_service.preprocess.tiling import Grid, TilingSpec
 
@@ -88,3 +94,41 @@ def test_a_guide_learns_to_read_tokens_that_tell_everything(maker: BatchMaker) -
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_collage_shows_what_its_scenes_show_each_in_its_place() -> None:
+    one = Scene(56, 112, PLAIN, (thing("square", "red", 28, 28, 20),))
+    other = Scene(56, 112, PLAIN, (thing("square", "blue", 28, 84, 20),))
+    labels, boxes = what_a_collage_shows(Collage(112, 112, ((one, 0, 0), (other, 56, 0))), 8)
+    whole = Scene(112, 112, PLAIN, (thing("square", "red", 28, 28, 20), thing("square", "blue", 84, 84, 20)))
+    expected_labels, expected_boxes = what_is_seen(whole, Grid(1, 1), SPEC, 8)
+    assert np.array_equal(labels, expected_labels)
+    assert boxes == pytest.approx(expected_boxes)
+
+
+def test_collages_are_always_the_same_and_hold_all_that_there_is() -> None:
+    first, again = (np.asarray(collage(3, 7, FULL).draw()) for _ in range(2))
+    assert np.array_equal(first, again)
+    found = [what_a_collage_shows(collage(3, index, FULL), 8)[0] for index in range(300)]
+    for field, size in enumerate(CLASSES):
+        present = set(np.unique(np.stack(found)[..., field]).tolist())
+        assert present >= set(range(size)) - ({5, 6, 7, 8} if field == PLACE else set())
+
+
+def test_training_begins_with_pictures_that_nothing_is_said_about(directory: Path) -> None:
+    maker = BatchMaker(Recipe(directory, seed=1, situations_per_batch=2, seeing_steps=2, collages_per_batch=4))
+    batches = [maker.batch(step) for step in range(3)]
+    assert [batch.situations for batch in batches] == [0, 0, 2]
+    assert batches[0].tiles.shape == (4, 112, 112, 3)
+    assert not np.array_equal(batches[0].tiles, batches[1].tiles)
+    unseeing = BatchMaker(replace(maker.recipe, seeing_steps=0))
+    assert np.array_equal(batches[2].ids, unseeing.batch(0).ids)
+    plan = Plan(situations=10, seconds=None, warm_up_steps=1)
+    model = Nano.of(read_config(directory), seed=5)
+    trainer = Trainer(model, plan, torch.device("cpu"), torch.float32, "a training")
+    before = [parameter.detach().clone() for parameter in model.decoder.parameters()]
+    tower = model.tower.mlp1[3].weight.detach().clone()
+    assert trainer.step(batches[0]) == 0
+    assert all(torch.equal(old, new) for old, new in zip(before, model.decoder.parameters(), strict=True))
+    assert not torch.equal(tower, model.tower.mlp1[3].weight)
+    assert trainer.step(batches[2]) > 0

@@ -1,5 +1,6 @@
 """The synthetic world: scenes with exact knowledge of what is in them, their pictures, and questions with answers."""
 
+from examples.nano.world.collage import Collage, collage
 from examples.nano.world.config import EASY, FULL, WorldConfig
 from examples.nano.world.dialogue import Dialogue, Kind, Medium, Part, Shown, Situation, Turn
 from examples.nano.world.drawing import draw
@@ -10,6 +11,7 @@ __all__ = [
     "EASY",
     "FULL",
     "Bar",
+    "Collage",
     "Dialogue",
     "Kind",
     "Medium",
@@ -21,6 +23,7 @@ __all__ = [
     "Turn",
     "WorldConfig",
     "Writing",
+    "collage",
     "draw",
     "held_out",
     "situation",

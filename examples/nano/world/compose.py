@@ -40,7 +40,7 @@ def canvas(rng: Rng, config: WorldConfig, *, large_share: float | None = None) -
     large = chance(rng, config.large_share if large_share is None else large_share)
     root = between(rng, config.large_px if large else config.small_px)
     stretch = math.exp(between(rng, (-0.5, 0.5)) * math.log(config.max_aspect))
-    return Canvas(round(root * stretch), round(root / stretch), _background(rng, config))
+    return Canvas(round(root * stretch), round(root / stretch), background(rng, config))
 
 
 def shapes_scene(rng: Rng, config: WorldConfig, on: Canvas, count: int | None = None) -> Scene:
@@ -59,13 +59,13 @@ def number_scene(rng: Rng, config: WorldConfig, on: Canvas) -> Scene:
     """Return a scene with a number of up to `max_digits` digits."""
     digits = 1 + int(rng.integers(config.max_digits))
     lowest = 10 ** (digits - 1) if digits > 1 else 0
-    return _written(rng, config, on, str(int(rng.integers(lowest, 10**digits))))
+    return written_scene(rng, config, on, str(int(rng.integers(lowest, 10**digits))))
 
 
 def word_scene(rng: Rng, config: WorldConfig, on: Canvas) -> Scene:
     """Return a scene with a word, in small or capital letters."""
     word = pick(rng, config.words)
-    return _written(rng, config, on, pick(rng, (word, word.upper(), word.capitalize())))
+    return written_scene(rng, config, on, pick(rng, (word, word.upper(), word.capitalize())))
 
 
 def chart_scene(rng: Rng, config: WorldConfig, on: Canvas) -> Scene:
@@ -190,7 +190,8 @@ def _without(scene: Scene, index: int) -> Scene:
     return replace(scene, things=scene.things[:index] + scene.things[index + 1 :])
 
 
-def _background(rng: Rng, config: WorldConfig) -> Background:
+def background(rng: Rng, config: WorldConfig) -> Background:
+    """Return any background."""
     red, green, blue = (int(value) for value in rng.integers(-8, 9, 3))
     base = pick(rng, _GROUNDS)
     first = _clipped(base[0] + red, base[1] + green, base[2] + blue)
@@ -255,7 +256,8 @@ def _is_clear(one: Thing, other: Thing) -> bool:
     return distance > share * (one.radius + other.radius)
 
 
-def _written(rng: Rng, config: WorldConfig, on: Canvas, text: str) -> Scene:
+def written_scene(rng: Rng, config: WorldConfig, on: Canvas, text: str) -> Scene:
+    """Return a scene with a text somewhere, in any face, colour and size that fits."""
     colour = pick(rng, visible_colours(config, on.background))
     face = pick(rng, FACES)
     lowest, highest = config.glyph_height
