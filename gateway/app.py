@@ -7,14 +7,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 import structlog
 
+from gateway.batch_messages import MessageFormat
+from gateway.batch_store import BatchStore
+from gateway.batches import Batches
 from gateway.chat import Chat
 from gateway.clients import LlmClient, VisionClient
 from gateway.conversations import ConversationStore
+from gateway.critic import StepCritic
 from gateway.encoder import MediaEncoder
 from gateway.media import LocalMediaCache, MediaLibrary, RedisMediaStore
-from gateway.servicers import ChatServicer, ConversationServicer, MediaServicer
+from gateway.ranking import Ranking
+from gateway.servicers import BatchServicer, ChatServicer, ConversationServicer, MediaServicer
 from gateway.settings import GatewaySettings
 from internvl_serving.gateway.v1 import (
+    batch_service_pb2_grpc,
     chat_service_pb2_grpc,
     conversation_service_pb2_grpc,
     media_service_pb2_grpc,
@@ -24,10 +30,10 @@ from shared.rpc.server import Application
 from shared.store import connect_redis
 
 log = structlog.get_logger()
-SERVICES = tuple(
-    f"internvl_serving.gateway.v1.{name}" for name in ("ChatService", "ConversationService", "MediaService")
-)
+_NAMES = ("ChatService", "ConversationService", "MediaService", "BatchService")
+SERVICES = tuple(f"internvl_serving.gateway.v1.{name}" for name in _NAMES)
 _PROGRESS_EVERY_S = 5.0
+_ENVELOPE_BYTES = 1024  # of a message that carries a result; far more than it takes
 
 
 @asynccontextmanager
@@ -47,8 +53,13 @@ async def lifespan(settings: GatewaySettings, address: str) -> AsyncIterator[App
             LocalMediaCache(settings.media_cache_bytes),
             settings.max_media_bytes,
         )
-        encoder = MediaEncoder(VisionClient(vision), library, settings.max_parallel_encodes)
-        chat = Chat(LlmClient(llm), encoder, library, conversations, settings.limits)
+        encoder = _encoder(vision, library, settings)
+        ranking = Ranking(await _critic(settings, library, stack))
+        chat = Chat(LlmClient(llm), encoder, library, conversations, settings.limits, ranking)
+        store = BatchStore(redis, settings.batch_lease_s)
+        item_format = MessageFormat(settings.max_message_bytes - _ENVELOPE_BYTES)
+        batches = Batches(chat, library, store, item_format, settings.batch_limits)
+        stack.push_async_callback(batches.close)
 
         def register(server: grpc.aio.Server) -> None:
             chat_service_pb2_grpc.add_ChatServiceServicer_to_server(ChatServicer(chat), server)
@@ -56,12 +67,31 @@ async def lifespan(settings: GatewaySettings, address: str) -> AsyncIterator[App
                 ConversationServicer(conversations), server
             )
             media_service_pb2_grpc.add_MediaServiceServicer_to_server(MediaServicer(library), server)
+            batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
+                BatchServicer(batches, settings.max_media_bytes), server
+            )
 
         async def warm_up() -> None:
             vision.get_state(try_to_connect=True)  # so that the first picture does not wait for the connection
             await _until_ready(llm, settings.llm_target)
 
         yield Application(register, SERVICES, warm_up)
+
+
+async def _critic(settings: GatewaySettings, library: MediaLibrary, stack: AsyncExitStack) -> StepCritic | None:
+    """Return the critic, if there is one; it is not waited for."""
+    if not settings.critic_llm_target:
+        return None
+    targets = (settings.critic_vision_target, settings.critic_llm_target)
+    vision, llm = [
+        await stack.enter_async_context(open_channel(target, settings.max_message_bytes)) for target in targets
+    ]
+    encoder = _encoder(vision, library, settings)
+    return StepCritic(LlmClient(llm), encoder)
+
+
+def _encoder(vision: grpc.aio.Channel, library: MediaLibrary, settings: GatewaySettings) -> MediaEncoder:
+    return MediaEncoder(VisionClient(vision), library, settings.max_parallel_encodes, settings.encode_patience_s)
 
 
 async def _until_ready(channel: grpc.aio.Channel, target: str) -> None:

@@ -1,17 +1,22 @@
 """The heart of the gateway: one turn from the request to the last event."""
 
+import secrets
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
 
-from gateway.content import Medium, Message, Role, TextPart
+from gateway.content import Medium, Message, Role, TextPart, ToolCall
 from gateway.conversations import ConversationStore, Lease
 from gateway.dialogue import Dialogue, Limits, check_continuation, check_dialogue
 from gateway.encoder import MediaEncoder
 from gateway.events import (
+    Candidate,
+    CandidateResult,
     ChatEvent,
     ChatRequest,
     ChatTimings,
@@ -26,7 +31,9 @@ from gateway.events import (
     Transfer,
 )
 from gateway.media import MediaLibrary
+from gateway.options import check_options, share_tiles
 from gateway.prompt import prompt_of
+from gateway.ranking import Ranking, best_of
 from shared.errors import (
     EmbeddingIncompatible,
     EmbeddingNotFound,
@@ -85,12 +92,14 @@ class Chat:
         library: MediaLibrary,
         conversations: ConversationStore,
         limits: Limits,
+        ranking: Ranking | None = None,
     ) -> None:
         self._llm = llm
         self._encoder = encoder
         self._library = library
         self._conversations = conversations
         self._limits = limits
+        self._ranking = ranking or Ranking()
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one answer: one `Started`, any number of `Delta`, one `Finished`; closing the stream ends the turn.
@@ -99,18 +108,26 @@ class Chat:
         is answered to the end; its `Finished` then has no message id, because the turn may not have been kept.
         """
         stopwatch = Stopwatch()
+        check_options(request, self._limits)
+        self._ranking.check(request.ranking_method)
         async with self._opened(request) as lease:
-            dialogue = _dialogue(request, lease)
-            check_dialogue(dialogue, self._limits)
-            answer = Answer(self._llm, self._encoder, request, await self._library.identify(dialogue), stopwatch)
+            dialogue = await self._library.identify(self._checked(request, lease))
+            answer = Answer(self._llm, self._encoder, request, dialogue, stopwatch)
             async with aclosing(answer.events()) as events:
                 async for event in events:
                     yield event
-            message_id = await self._keep(lease, answer) if lease else ""
+            candidates = await self._ranking.rank(request.ranking_method, dialogue, answer.candidates())
+            best = best_of(candidates)
+            message_id = await self._keep(lease, dialogue, candidates[best]) if lease else ""
         # Only now, with the lease given back, may the client learn that the next turn can come.
-        finished = answer.finished(message_id)
+        finished = answer.finished(candidates, best, message_id)
         _log_turn(finished, bool(request.conversation_id))
         yield finished
+
+    def _checked(self, request: ChatRequest, lease: Lease | None) -> Dialogue:
+        dialogue = _dialogue(request, lease)
+        check_dialogue(dialogue, self._limits)
+        return replace(dialogue, new=share_tiles(dialogue.new, request.max_total_tiles))
 
     @asynccontextmanager
     async def _opened(self, request: ChatRequest) -> AsyncIterator[Lease | None]:
@@ -124,13 +141,12 @@ class Chat:
         async with self._conversations.lease(request.conversation_id) as lease:
             yield lease
 
-    async def _keep(self, lease: Lease, answer: "Answer") -> str:
+    async def _keep(self, lease: Lease, dialogue: Dialogue, best: Candidate) -> str:
         """Store the turn and return the answer's message id; empty where that failed."""
-        question = answer.dialogue.new[-1]
         # The bytes go first: a stored turn must not name a picture that later turns cannot find.
-        await self._library.keep(answer.dialogue.media, lease.ttl_s)
+        await self._library.keep(dialogue.media, lease.ttl_s)
         try:
-            message_id = await lease.append(question, _assistant_message(answer.text))
+            message_id = await lease.append(*dialogue.new, _assistant_message(best))
         except StoreUnavailable:
             message_id = None
         if message_id is None:
@@ -154,15 +170,19 @@ class Answer:
         self._request = request
         self._stopwatch = stopwatch
         self._encoded: dict[Medium, Encoded] = {}
-        self._texts: list[str] = []
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._has_started = False
         self._has_encoded_again = False
         self._has_retried = False
 
-    @property
-    def text(self) -> str:
-        """What the model has said."""
-        return "".join(self._texts)
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Return what the model has said, when `events` has ended; not ranked. Calls of tools get their ids here."""
+        assert self.generated is not None
+        results = self.generated.candidates or (_only_candidate(self.generated),)
+        return tuple(
+            Candidate("".join(self._texts[index]), replace(result, tool_calls=_named(result.tool_calls)))
+            for index, result in enumerate(results)
+        )
 
     async def events(self) -> AsyncGenerator[Started | Delta, None]:
         """Stream everything but the end."""
@@ -176,10 +196,11 @@ class Answer:
             except (EmbeddingNotFound, EmbeddingIncompatible, LlmUnavailable) as error:
                 await self._prepare_another_attempt(error)
 
-    def finished(self, message_id: str) -> Finished:
+    def finished(self, candidates: tuple[Candidate, ...], best: int, message_id: str) -> Finished:
         """Return the last event of an answer whose `events` have ended."""
         assert self.generated is not None
-        return Finished(self.generated, self._stopwatch.read(), self._receipts(self.generated), message_id)
+        receipts = self._receipts(self.generated)
+        return Finished(self.generated, self._stopwatch.read(), candidates, best, receipts, message_id)
 
     def _receipts(self, generated: Generated) -> tuple[MediaReceipt, ...]:
         transfers = list(generated.transfers)
@@ -190,7 +211,7 @@ class Answer:
 
     async def _attempt(self) -> AsyncGenerator[Started | Delta, None]:
         handles = {medium: encoded.handle for medium, encoded in self._encoded.items()}
-        prompt = prompt_of(self.dialogue, handles)
+        prompt = prompt_of(self.dialogue, handles, self._request.tools)
         request = GenerateRequest(prompt, self._request.config, self._request.return_token_ids)
         async with aclosing(self._llm.generate(request)) as events:
             async for event in events:
@@ -205,7 +226,7 @@ class Answer:
         """Note the event; return whether the client has not seen its like, as it has a second `Started`."""
         if isinstance(event, Delta):
             self._stopwatch.note_delta()
-            self._texts.append(event.text)
+            self._texts[event.candidate_index].append(event.text)
             return True
         is_first, self._has_started = not self._has_started, True
         return is_first
@@ -232,8 +253,18 @@ def _dialogue(request: ChatRequest, lease: Lease | None) -> Dialogue:
     return Dialogue(lease.system_message, lease.messages, request.messages)
 
 
-def _assistant_message(text: str) -> Message:
-    return Message(Role.ASSISTANT, (TextPart(text),) if text else ())
+def _assistant_message(candidate: Candidate) -> Message:
+    text = (TextPart(candidate.text),) if candidate.text else ()
+    return Message(Role.ASSISTANT, (*text, *candidate.result.tool_calls))
+
+
+def _only_candidate(generated: Generated) -> CandidateResult:
+    return CandidateResult(generated.finish_reason, generated.usage.output_tokens)
+
+
+def _named(calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+    """Return the calls with an id each; the LLM service knows no dialogue in which one could be unique."""
+    return tuple(replace(call, tool_call_id=call.tool_call_id or f"call_{secrets.token_urlsafe(9)}") for call in calls)
 
 
 def _take_transfer(transfers: list[Transfer], digest: str) -> Transfer | None:
@@ -245,11 +276,12 @@ def _take_transfer(transfers: list[Transfer], digest: str) -> Transfer | None:
 
 
 def _log_turn(finished: Finished, in_conversation: bool) -> None:
-    generated, usage, timings = finished.generated, finished.generated.usage, finished.timings
+    usage, timings = finished.generated.usage, finished.timings
     first_token_s = timings.time_to_first_token_s
     log.info(
         "turn_finished",
-        finish_reason=generated.finish_reason.value,
+        finish_reason=finished.best.result.finish_reason.value,
+        candidates=len(finished.candidates),
         in_conversation=in_conversation,
         kept=bool(finished.message_id),
         prompt_tokens=usage.prompt_tokens,

@@ -1,13 +1,14 @@
 """The gRPC clients of the vision and the LLM service."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 import grpc
 import structlog
 
-from gateway import convert
+from gateway import stage_messages
 from gateway.content import Medium
 from gateway.events import Encoded, Generated, GenerateEvent, GenerateRequest
+from gateway.prompt import Prompt
 from internvl_serving.llm.v1 import llm_service_pb2_grpc
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 from shared.errors import (
@@ -46,7 +47,7 @@ class VisionClient:
     async def _encode(self, medium: Medium, content: bytes) -> Encoded:
         call = self._stub.Encode(_encode_requests(medium, content), **outgoing())
         try:
-            return convert.encoded(await call)
+            return stage_messages.encoded(await call)
         except grpc.aio.AioRpcError as error:
             raise _translated(error, VisionUnavailable) from error
         finally:
@@ -61,11 +62,11 @@ class LlmClient:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateEvent, None]:
         """Stream one answer; closing the stream aborts it."""
-        call = self._stub.Generate(convert.generate_request(request), **outgoing())
+        call = self._stub.Generate(stage_messages.generate_request(request), **outgoing())
         is_complete = False
         try:
             async for response in call:
-                event = convert.generate_event(response)
+                event = stage_messages.generate_event(response)
                 is_complete = isinstance(event, Generated)
                 if event is not None:
                     yield event
@@ -76,9 +77,19 @@ class LlmClient:
         finally:
             call.cancel()  # a call object that is dropped goes on otherwise
 
+    async def score_turns(self, prompt: Prompt, choices: Sequence[str]) -> list[tuple[float, ...]]:
+        """Return the probability of each choice at each turn of the model's, the one to come included."""
+        call = self._stub.ScoreTurns(stage_messages.score_turns_request(prompt, choices), **outgoing())
+        try:
+            return stage_messages.turn_scores(await call)
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error, LlmUnavailable) from error
+        finally:
+            call.cancel()  # a call object that is dropped goes on otherwise
+
 
 async def _encode_requests(medium: Medium, content: bytes) -> AsyncIterator[vision_service_pb2.EncodeRequest]:
-    yield vision_service_pb2.EncodeRequest(header=convert.encode_header(medium))
+    yield vision_service_pb2.EncodeRequest(header=stage_messages.encode_header(medium))
     for start in range(0, len(content), CHUNK_BYTES):
         yield vision_service_pb2.EncodeRequest(chunk=content[start : start + CHUNK_BYTES])
 
@@ -89,5 +100,6 @@ def _translated(error: grpc.RpcError, unavailable: type[Unavailable]) -> Service
     if isinstance(known, NotReady):
         return unavailable(known.message, retry_after_s=known.retry_after_s)
     if isinstance(known, InvalidRequest) and known.field and known.field.split(".")[0] == "prompt":
-        return type(known)(known.message, field="messages")
+        inner = known.field.removeprefix("prompt.")
+        return type(known)(known.message, field=inner if inner.startswith("tools") else "messages")
     return known

@@ -1,4 +1,4 @@
-"""What is said: messages of text and pictures."""
+"""What is said: messages of text, pictures, videos and calls of tools."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,19 +11,30 @@ class Role(StrEnum):
 
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoOptions:
+    """Which frames of a video are seen. No segments: the vision service's default; no bounds: the whole clip."""
+
+    segment_count: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessOptions:
-    """How a picture is tiled; None leaves a choice to the checkpoint."""
+    """How a picture is tiled; None leaves a choice to the checkpoint. With `video` the medium is a video."""
 
     max_tiles: int | None = None
     thumbnail: bool | None = None
+    video: VideoOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A picture: its identity is its digest and how it is tiled.
+    """A picture or a video: its identity is its digest and how it is cut.
 
     `content` are its bytes when they came with the request; `digest` is empty until those have been hashed.
     """
@@ -42,13 +53,27 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class MediaPart:
-    """Pictures that share one place in the prompt: a single one, or a group in the card's combined form."""
+    """What shares one place in the prompt: a picture, a video, or a group of pictures in the card's combined form."""
 
     media: tuple[Medium, ...]
     grouped: bool = False
 
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video."""
+        return self.media[0].options.video is not None
 
-Part: TypeAlias = TextPart | MediaPart
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The model's wish that a tool be called; `arguments_json` is a JSON object."""
+
+    name: str
+    arguments_json: str
+    tool_call_id: str = ""
+
+
+Part: TypeAlias = TextPart | MediaPart | ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +91,21 @@ class Message:
         return tuple(medium for part in self.parts if isinstance(part, MediaPart) for medium in part.media)
 
     @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that it wants called."""
+        return tuple(part for part in self.parts if isinstance(part, ToolCall))
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+    @property
     def text_chars(self) -> int:
-        """Its characters of text."""
-        return sum(len(part.text) for part in self.parts if isinstance(part, TextPart))
+        """Its characters of text, calls of tools included."""
+        return len(self.text) + sum(len(call.name) + len(call.arguments_json) for call in self.tool_calls)
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has neither text nor media."""
+        """Whether it says nothing at all."""
         return not self.media and not self.text_chars

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.exceptions import WatchError
 
 from gateway.content import Message
+from gateway.hold import Hold
 from gateway.reach import reaching_store
 from gateway.records import ConversationRecord, read_messages, write_message
 from shared.errors import ConversationBusy, ConversationNotFound, InvalidRequest, StoreUnavailable
@@ -58,9 +58,7 @@ class Lease:
     def __init__(self, redis: Redis, conversation_id: str, duration_s: float) -> None:
         self._redis = redis
         self._key = _key(conversation_id)
-        self._lease_key = _lease_key(conversation_id)
-        self._duration_ms = round(duration_s * 1000)
-        self._token = secrets.token_urlsafe(16)
+        self._hold = Hold(redis, _lease_key(conversation_id), duration_s)
         self.system_message: str | None = None
         self.ttl_s = 0
         self.messages: tuple[Message, ...] = ()
@@ -69,8 +67,8 @@ class Lease:
         """Take the lease and read the conversation; raise `ConversationNotFound` or `ConversationBusy`."""
         with reaching_store():
             async with self._redis.pipeline() as pipeline:
-                pipeline.set(self._lease_key, self._token, nx=True, px=self._duration_ms)
-                pipeline.pexpire(self._key, self._duration_ms, gt=True)
+                self._hold.queue_take(pipeline)
+                pipeline.pexpire(self._key, self._hold.duration_ms, gt=True)
                 pipeline.hgetall(self._key)
                 is_taken, _, fields = await pipeline.execute()
         if fields and not is_taken:
@@ -78,57 +76,32 @@ class Lease:
         about, self.messages = _understood(fields)
         self.system_message, self.ttl_s = about.system_message, about.ttl_s
 
-    async def append(self, question: Message, answer: Message) -> str | None:
-        """Add both messages of a turn or neither, and return the answer's id.
+    async def append(self, *turn: Message) -> str | None:
+        """Add all messages of a turn or none, and return the id of the last one, the answer.
 
         None: they were not added, because the lease was lost or the conversation deleted meanwhile. Raises
         `StoreUnavailable` where it is not known whether they were added.
         """
-        now, answer_id, count = datetime.now(UTC), _new_message_id(), len(self.messages)
+        now, count = datetime.now(UTC), len(self.messages)
+        ids = [_new_message_id() for _ in turn]
         added: dict[Any, Any] = {
-            str(count): write_message(question, _new_message_id(), now),
-            str(count + 1): write_message(answer, answer_id, now),
+            str(count + index): write_message(message, message_id, now)
+            for index, (message, message_id) in enumerate(zip(turn, ids, strict=True))
         }
 
         def queue(pipeline: Pipeline) -> None:
             pipeline.hset(self._key, mapping=added)
             pipeline.expire(self._key, self.ttl_s)
 
-        return answer_id if await self._if_held(queue) else None
+        return ids[-1] if await self._hold.run(queue) else None
 
     async def renew(self) -> bool:
         """Hold the lease for its whole duration again, and the conversation with it; False: it was lost."""
-
-        def queue(pipeline: Pipeline) -> None:
-            pipeline.pexpire(self._lease_key, self._duration_ms)
-            pipeline.pexpire(self._key, self._duration_ms, gt=True)
-
-        return await self._if_held(queue)
+        return await self._hold.renew(lambda pipeline: pipeline.pexpire(self._key, self._hold.duration_ms, gt=True))
 
     async def release(self) -> None:
         """Give the lease back. Never raises: what cannot be given back runs out."""
-        try:
-            await self._if_held(lambda pipeline: pipeline.delete(self._lease_key))
-        except StoreUnavailable:
-            log.warning("lease_not_released")
-
-    async def _if_held(self, queue: Callable[[Pipeline], Any]) -> bool:
-        """Run the queued commands at once if the lease is still this one's; return whether it is.
-
-        WATCH rather than a script: the store's user needs no right to run scripts.
-        """
-        with reaching_store():
-            async with self._redis.pipeline() as pipeline:
-                await pipeline.watch(self._lease_key)
-                if await pipeline.get(self._lease_key) != self._token.encode():
-                    return False
-                pipeline.multi()  # type: ignore[no-untyped-call]  # redis-py's own omission
-                queue(pipeline)
-                try:
-                    await pipeline.execute()
-                except WatchError:
-                    return False
-        return True
+        await self._hold.release()
 
 
 class ConversationStore:

@@ -5,53 +5,45 @@ from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from gateway.content import MediaPart, Medium, Message, Part, PreprocessOptions, Role, TextPart
+from gateway import values
+from gateway.content import (
+    MediaPart,
+    Medium,
+    Message,
+    Part,
+    PreprocessOptions,
+    TextPart,
+    ToolCall,
+    VideoOptions,
+)
 from gateway.conversations import Conversation, MessagePage
 from gateway.events import (
     CacheTier,
+    Candidate,
     ChatEvent,
     ChatRequest,
     ChatTimings,
     Delta,
-    Encoded,
     Finished,
-    FinishReason,
     Generated,
-    GenerateEvent,
-    GenerateRequest,
     GenerationConfig,
     MediaReceipt,
+    RankingMethod,
     Started,
-    TokenUsage,
-    Transfer,
+    TokenLogprob,
 )
 from gateway.media import StoredMedium
-from gateway.prompt import EmbeddingHandle, Segment, TextSegment, Turn
+from gateway.prompt import Tool
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.gateway.v1 import chat_service_pb2, content_pb2, conversation_service_pb2, media_service_pb2
-from internvl_serving.llm.v1 import llm_service_pb2
-from internvl_serving.vision.v1 import vision_service_pb2
 from shared.digest import checked_digest
 from shared.errors import InvalidRequest
 from shared.rpc.deadline import request_id
-from shared.rpc.messages import duration_of, seconds_of
+from shared.rpc.messages import duration_of
 
 MAX_DIGESTS = 1000
 MAX_UPLOAD_CHUNK_BYTES = 1 << 20
-_ROLES = {generation_pb2.ROLE_USER: Role.USER, generation_pb2.ROLE_ASSISTANT: Role.ASSISTANT}
-_ROLE_NUMBERS = {role: number for number, role in _ROLES.items()}
-_TIERS = {embedding_pb2.CacheTier.Value(f"CACHE_TIER_{tier}"): tier for tier in CacheTier}
-_FINISH_REASONS = {generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason}"): reason for reason in FinishReason}
-_CHOICES = (
-    "max_output_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "num_beams",
-)
+_RANKINGS = {chat_service_pb2.RankingMethod.Value(f"RANKING_METHOD_{method}"): method for method in RankingMethod}
 
 
 # What clients send.
@@ -65,6 +57,9 @@ def chat_request(request: chat_service_pb2.ChatRequest) -> ChatRequest:
         system_message=request.system_message if request.HasField("system_message") else None,
         config=_config(request.generation_config),
         return_token_ids=request.return_token_ids,
+        tools=tuple(Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in request.tools),
+        max_total_tiles=request.max_total_tiles if request.HasField("max_total_tiles") else None,
+        ranking_method=_ranking_method(request.ranking_method),
     )
 
 
@@ -100,11 +95,17 @@ async def upload_chunks(requests: AsyncIterator[media_service_pb2.UploadRequest]
         yield request.chunk
 
 
+def _ranking_method(number: chat_service_pb2.RankingMethod.ValueType) -> RankingMethod:
+    if number not in _RANKINGS:
+        raise InvalidRequest("There is no such way to rank candidates.", field="ranking_method")
+    return _RANKINGS[number]
+
+
 def _message(message: content_pb2.Message, field: str) -> Message:
-    if message.role not in _ROLES:
-        raise InvalidRequest("A message is the user's or the assistant's.", field=f"{field}.role")
+    if message.role not in values.ROLES:
+        raise InvalidRequest("A message is the user's, the assistant's or a tool's.", field=f"{field}.role")
     parts = tuple(_part(part, f"{field}.parts[{index}]") for index, part in enumerate(message.parts))
-    return Message(_ROLES[message.role], parts)
+    return Message(values.ROLES[message.role], parts)
 
 
 def _part(part: content_pb2.Part, field: str) -> Part:
@@ -118,25 +119,37 @@ def _part(part: content_pb2.Part, field: str) -> Part:
             return MediaPart(tuple(map(_medium, part.group.media, places)), grouped=True)
         case "group":
             raise InvalidRequest("A group has at least one picture.", field=f"{field}.group")
-    raise InvalidRequest("A part is text, a picture or a group of pictures.", field=field)
+        case "tool_call":
+            return values.tool_call_of(part.tool_call)
+    raise InvalidRequest("A part is text, a picture, a video, a group of pictures or a call of a tool.", field=field)
 
 
 def _medium(media: content_pb2.Media, field: str) -> Medium:
     options = PreprocessOptions(
         media.options.max_tiles if media.options.HasField("max_tiles") else None,
         media.options.thumbnail if media.options.HasField("thumbnail") else None,
+        _video_options(media.options.video) if media.options.HasField("video") else None,
     )
     match media.WhichOneof("source"):
         case "inline":
             return Medium("", options, media.inline)
         case "digest":
             return Medium(checked_digest(media.digest, f"{field}.digest"), options)
-    raise InvalidRequest("A picture is its bytes or the digest of bytes uploaded earlier.", field=field)
+    raise InvalidRequest("A medium is its bytes or the digest of bytes uploaded earlier.", field=field)
+
+
+def _video_options(options: embedding_pb2.VideoOptions) -> VideoOptions:
+    return VideoOptions(
+        options.segment_count if options.HasField("segment_count") else None,
+        options.start_seconds if options.HasField("start_seconds") else None,
+        options.end_seconds if options.HasField("end_seconds") else None,
+    )
 
 
 def _config(config: generation_pb2.GenerationConfig) -> GenerationConfig:
-    chosen = {name: getattr(config, name) for name in _CHOICES if config.HasField(name)}  # type: ignore[arg-type]
-    return GenerationConfig(stop_sequences=tuple(config.stop_sequences), ignore_end=config.ignore_end, **chosen)
+    chosen = {name: getattr(config, name) for name in values.CHOICES if config.HasField(name)}  # type: ignore[arg-type]
+    switched = {name: getattr(config, name) for name in values.SWITCHES}
+    return GenerationConfig(stop_sequences=tuple(config.stop_sequences), **switched, **chosen)
 
 
 # What clients get.
@@ -146,19 +159,17 @@ def chat_response(event: ChatEvent) -> chat_service_pb2.ChatResponse:
     """Return the event's message."""
     match event:
         case Started():
-            return chat_service_pb2.ChatResponse(
-                started=chat_service_pb2.ChatStarted(
-                    request_id=request_id(),
-                    model=event.model,
-                    prompt_token_count=event.prompt_token_count,
-                    prompt_token_ids=event.prompt_token_ids,
-                )
-            )
+            return chat_service_pb2.ChatResponse(started=chat_started(event))
         case Delta():
-            delta = chat_service_pb2.ChatDelta(text=event.text, token_ids=event.token_ids)
+            delta = chat_service_pb2.ChatDelta(
+                text=event.text,
+                token_ids=event.token_ids,
+                candidate_index=event.candidate_index,
+                logprobs=map(logprob_message, event.logprobs),
+            )
             return chat_service_pb2.ChatResponse(delta=delta)
         case Finished():
-            return chat_service_pb2.ChatResponse(finished=_chat_finished(event))
+            return chat_service_pb2.ChatResponse(finished=chat_finished(event))
 
 
 def conversation(kept: Conversation) -> conversation_service_pb2.Conversation:
@@ -167,8 +178,8 @@ def conversation(kept: Conversation) -> conversation_service_pb2.Conversation:
         conversation_id=kept.conversation_id,
         system_message=kept.system_message,
         message_count=kept.message_count,
-        create_time=_timestamp(kept.create_time),
-        expire_time=_timestamp(kept.expire_time),
+        create_time=timestamp(kept.create_time),
+        expire_time=timestamp(kept.expire_time),
     )
 
 
@@ -182,14 +193,25 @@ def list_messages_response(page: MessagePage) -> conversation_service_pb2.ListMe
 def upload_response(stored: StoredMedium) -> media_service_pb2.UploadResponse:
     """Return the stored medium's message."""
     return media_service_pb2.UploadResponse(
-        digest=stored.digest, size_bytes=stored.size_bytes, expire_time=_timestamp(stored.expire_time)
+        digest=stored.digest, size_bytes=stored.size_bytes, expire_time=timestamp(stored.expire_time)
     )
 
 
-def _chat_finished(event: Finished) -> chat_service_pb2.ChatFinished:
+def chat_started(event: Started) -> chat_service_pb2.ChatStarted:
+    """Return the message of an answer's beginning; its request id is the current task's."""
+    return chat_service_pb2.ChatStarted(
+        request_id=request_id(),
+        model=event.model,
+        prompt_token_count=event.prompt_token_count,
+        prompt_token_ids=event.prompt_token_ids,
+    )
+
+
+def chat_finished(event: Finished) -> chat_service_pb2.ChatFinished:
+    """Return the message of an answer's end."""
     usage = event.generated.usage
     return chat_service_pb2.ChatFinished(
-        finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{event.generated.finish_reason}"),
+        finish_reason=values.finish_reason_number(event.best.result.finish_reason),
         usage=generation_pb2.TokenUsage(
             prompt_token_count=usage.prompt_tokens,
             visual_token_count=usage.visual_tokens,
@@ -199,6 +221,30 @@ def _chat_finished(event: Finished) -> chat_service_pb2.ChatFinished:
         timings=_timings(event.timings, event.generated),
         receipts=map(_receipt, event.receipts),
         message_id=event.message_id,
+        candidates=map(_candidate_message, event.candidates),
+        best_candidate_index=event.best_index,
+    )
+
+
+def _candidate_message(candidate: Candidate) -> chat_service_pb2.Candidate:
+    result = candidate.result
+    return chat_service_pb2.Candidate(
+        finish_reason=values.finish_reason_number(result.finish_reason),
+        output_token_count=result.output_tokens,
+        mean_logprob=result.mean_logprob,
+        tool_calls=map(values.tool_call_message, result.tool_calls),
+        step_scores=candidate.step_scores,
+        score=candidate.score,
+    )
+
+
+def logprob_message(logprob: TokenLogprob) -> generation_pb2.TokenLogprob:
+    """Return the message of how likely a token was."""
+    return generation_pb2.TokenLogprob(
+        token_id=logprob.token_id,
+        token=logprob.token,
+        logprob=logprob.logprob,
+        top=map(logprob_message, logprob.top),
     )
 
 
@@ -222,28 +268,33 @@ def _receipt(receipt: MediaReceipt) -> chat_service_pb2.MediaReceipt:
         columns=encoded.columns,
         rows=encoded.rows,
         token_count=encoded.handle.token_count,
-        cache_tier=_tier_number(encoded.cache_tier),
+        cache_tier=values.tier_number(encoded.cache_tier),
         coalesced=encoded.coalesced,
         preprocess_duration=duration_of(encoded.preprocess_s),
         encode_duration=duration_of(encoded.encode_s),
-        transfer_tier=_tier_number(transfer.cache_tier if transfer else CacheTier.UNSPECIFIED),
+        transfer_tier=values.tier_number(transfer.cache_tier if transfer else CacheTier.UNSPECIFIED),
         transfer_duration=duration_of(transfer.duration_s if transfer else 0.0),
+        frames=[embedding_pb2.VideoFrame(index=frame.index, time_seconds=frame.time_s) for frame in encoded.frames],
     )
 
 
 def _message_message(message: Message) -> content_pb2.Message:
     return content_pb2.Message(
-        role=_ROLE_NUMBERS[message.role],
+        role=values.ROLE_NUMBERS[message.role],
         parts=map(_part_message, message.parts),
         message_id=message.message_id,
-        create_time=_timestamp(message.create_time) if message.create_time else None,
+        create_time=timestamp(message.create_time) if message.create_time else None,
     )
 
 
 def _part_message(part: Part) -> content_pb2.Part:
     if isinstance(part, TextPart):
         return content_pb2.Part(text=part.text)
-    media = [content_pb2.Media(digest=medium.digest, options=_options(medium.options)) for medium in part.media]
+    if isinstance(part, ToolCall):
+        return content_pb2.Part(tool_call=values.tool_call_message(part))
+    media = [
+        content_pb2.Media(digest=medium.digest, options=values.options_message(medium.options)) for medium in part.media
+    ]
     return (
         content_pb2.Part(group=content_pb2.MediaGroup(media=media))
         if part.grouped
@@ -251,106 +302,8 @@ def _part_message(part: Part) -> content_pb2.Part:
     )
 
 
-# What the stages get.
-
-
-def encode_header(medium: Medium) -> vision_service_pb2.EncodeHeader:
-    """Return the header that asks for the medium's embedding."""
-    return vision_service_pb2.EncodeHeader(media_digest=medium.digest, options=_options(medium.options))
-
-
-def generate_request(request: GenerateRequest) -> llm_service_pb2.GenerateRequest:
-    """Return the prompt's message."""
-    config = request.config
-    chosen = {name: getattr(config, name) for name in _CHOICES}
-    return llm_service_pb2.GenerateRequest(
-        prompt=llm_service_pb2.Prompt(
-            system_message=request.prompt.system_message, turns=map(_turn_message, request.prompt.turns)
-        ),
-        generation_config=generation_pb2.GenerationConfig(
-            stop_sequences=config.stop_sequences, ignore_end=config.ignore_end, **chosen
-        ),
-        return_token_ids=request.return_token_ids,
-    )
-
-
-def _turn_message(turn: Turn) -> llm_service_pb2.Turn:
-    return llm_service_pb2.Turn(role=_ROLE_NUMBERS[turn.role], segments=map(_segment_message, turn.segments))
-
-
-def _segment_message(segment: Segment) -> llm_service_pb2.Segment:
-    if isinstance(segment, TextSegment):
-        return llm_service_pb2.Segment(text=segment.text)
-    handles = (embedding_pb2.EmbeddingHandle.FromString(handle.message) for handle in segment.handles)
-    return llm_service_pb2.Segment(visual=llm_service_pb2.VisualSegment(embeddings=handles))
-
-
-def _options(options: PreprocessOptions) -> embedding_pb2.PreprocessOptions:
-    return embedding_pb2.PreprocessOptions(max_tiles=options.max_tiles, thumbnail=options.thumbnail)
-
-
-# What the stages answer.
-
-
-def encoded(response: vision_service_pb2.EncodeResponse) -> Encoded:
-    """Return what the vision service said about a medium."""
-    handle = response.handle
-    return Encoded(
-        handle=EmbeddingHandle(handle.digest, handle.tile_count, handle.token_count, handle.SerializeToString()),
-        cache_tier=_tier(response.cache_tier),
-        columns=response.columns,
-        rows=response.rows,
-        coalesced=response.coalesced,
-        preprocess_s=seconds_of(response.preprocess_duration),
-        encode_s=seconds_of(response.encode_duration),
-    )
-
-
-def generate_event(response: llm_service_pb2.GenerateResponse) -> GenerateEvent | None:
-    """Return the event of an answer; None for one that only newer gateways know."""
-    match response.WhichOneof("event"):
-        case "started":
-            started = response.started
-            return Started(started.model, started.prompt_token_count, tuple(started.prompt_token_ids))
-        case "delta":
-            return Delta(response.delta.text, tuple(response.delta.token_ids))
-        case "finished":
-            return _generated(response.finished)
-    return None
-
-
-def _generated(finished: llm_service_pb2.GenerateFinished) -> Generated:
-    usage = finished.usage
-    return Generated(
-        finish_reason=_FINISH_REASONS.get(finished.finish_reason, FinishReason.UNSPECIFIED),
-        usage=TokenUsage(
-            prompt_tokens=usage.prompt_token_count,
-            visual_tokens=usage.visual_token_count,
-            cached_tokens=usage.cached_token_count,
-            output_tokens=usage.output_token_count,
-        ),
-        queue_s=seconds_of(finished.queue_duration),
-        prefill_s=seconds_of(finished.prefill_duration),
-        decode_s=seconds_of(finished.decode_duration),
-        transfers=tuple(
-            Transfer(transfer.digest, _tier(transfer.cache_tier), seconds_of(transfer.duration))
-            for transfer in finished.transfers
-        ),
-    )
-
-
-# Small values.
-
-
-def _tier(number: embedding_pb2.CacheTier.ValueType) -> CacheTier:
-    return _TIERS.get(number, CacheTier.UNSPECIFIED)
-
-
-def _tier_number(tier: CacheTier) -> embedding_pb2.CacheTier.ValueType:
-    return embedding_pb2.CacheTier.Value(f"CACHE_TIER_{tier}")
-
-
-def _timestamp(time: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(time)
-    return timestamp
+def timestamp(time: datetime) -> Timestamp:
+    """Return the time as a message."""
+    made = Timestamp()
+    made.FromDatetime(time)
+    return made

@@ -1,10 +1,11 @@
 """The dialogue that a turn answers: what was kept, what is new, and the rules both obey."""
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
 
-from gateway.content import MediaPart, Medium, Message, Role
+from gateway.content import MediaPart, Medium, Message, Role, ToolCall
 from shared.errors import EmptyMessage, InvalidRequest, MediaTooLarge, MediaUnreadable
 
 
@@ -17,6 +18,7 @@ class Limits:
     text_chars: int = 1_000_000
     media: int = 64
     media_bytes: int = 32 << 20
+    tools: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +62,63 @@ def check_dialogue(dialogue: Dialogue, limits: Limits) -> None:
     _check_counts(dialogue, limits)
     for placed in dialogue.placed_media:
         _check_content(placed, limits)
-    if dialogue.new[-1].is_empty:
+    if dialogue.new[-1].role is Role.USER and dialogue.new[-1].is_empty:  # a tool may have nothing to say
         raise EmptyMessage("The message to answer has neither text nor media.", field=_last_field(dialogue))
 
 
 def check_continuation(messages: tuple[Message, ...]) -> None:
-    """Raise `InvalidRequest` unless `messages` is what continues a kept conversation: one user message."""
-    if len(messages) != 1:
-        raise InvalidRequest("A kept conversation is continued by exactly one message.", field="messages")
+    """Raise `InvalidRequest` unless `messages` may continue a kept conversation: one user's, or results of tools."""
+    if len(messages) != 1 and not (messages and all(message.role is Role.TOOL for message in messages)):
+        raise InvalidRequest(
+            "A kept conversation is continued by exactly one message, or by results of tools.", field="messages"
+        )
 
 
 def _check_roles(dialogue: Dialogue) -> None:
     first = len(dialogue.kept)
-    expected = cycle((Role.USER, Role.ASSISTANT))
-    for position, (message, role) in enumerate(zip(dialogue.messages, expected, strict=False)):
+    waiting_calls = 0
+    previous: Role | None = None
+    for position, message in enumerate(dialogue.messages):
         place = f"messages[{position - first}]" if position >= first else "conversation_id"
-        if message.role is not role:
-            raise InvalidRequest("User and assistant alternate, and the user begins.", field=f"{place}.role")
-        if message.role is Role.ASSISTANT and message.media:
-            raise InvalidRequest("Only user messages hold media.", field=f"{place}.parts")
-    if dialogue.new[-1].role is not Role.USER:
-        raise InvalidRequest("The last message is the user's.", field=f"{_last_field(dialogue)}.role")
+        _check_role(message.role, previous, waiting_calls, f"{place}.role")
+        _check_parts(message, place)
+        waiting_calls = waiting_calls - 1 if message.role is Role.TOOL else len(message.tool_calls)
+        previous = message.role
+    if dialogue.new[-1].role is Role.ASSISTANT:
+        raise InvalidRequest("The last message is the user's or a tool's.", field=f"{_last_field(dialogue)}.role")
+
+
+def _check_role(role: Role, previous: Role | None, waiting_calls: int, field: str) -> None:
+    if role is Role.TOOL and not waiting_calls:
+        raise InvalidRequest("A tool's message follows a message that calls it, one for each call.", field=field)
+    before = {Role.USER: (None, Role.ASSISTANT), Role.ASSISTANT: (Role.USER, Role.TOOL)}
+    if role is not Role.TOOL and previous not in before[role]:
+        raise InvalidRequest("User and assistant alternate, and the user begins.", field=field)
+
+
+def _check_parts(message: Message, place: str) -> None:
+    if message.role is not Role.USER and message.media:
+        raise InvalidRequest("Only user messages hold media.", field=f"{place}.parts")
+    if message.role is not Role.ASSISTANT and message.tool_calls:
+        raise InvalidRequest("Only the assistant's messages call tools.", field=f"{place}.parts")
+    for index, part in enumerate(message.parts):
+        if isinstance(part, ToolCall):
+            _check_call(part, f"{place}.parts[{index}].tool_call")
+
+
+def _check_call(call: ToolCall, field: str) -> None:
+    if not call.name:
+        raise InvalidRequest("A call names its tool.", field=f"{field}.name")
+    if not is_json_object(call.arguments_json):
+        raise InvalidRequest("The arguments of a call are a JSON object.", field=f"{field}.arguments_json")
+
+
+def is_json_object(text: str) -> bool:
+    """Return whether `text` is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _check_counts(dialogue: Dialogue, limits: Limits) -> None:
@@ -99,13 +137,28 @@ def _check_counts(dialogue: Dialogue, limits: Limits) -> None:
 
 
 def _check_content(placed: PlacedMedium, limits: Limits) -> None:
+    _check_video(placed)
     content = placed.medium.content
     if content is None:
         return
     if not content:
-        raise MediaUnreadable("The picture has no bytes.", field=placed.field)
+        raise MediaUnreadable("The medium has no bytes.", field=placed.field)
     if len(content) > limits.media_bytes:
         raise MediaTooLarge(f"A medium has at most {limits.media_bytes} bytes.", field=placed.field)
+
+
+def _check_video(placed: PlacedMedium) -> None:
+    video = placed.medium.options.video
+    if video is None:
+        return
+    field = f"{placed.field}.options.video"
+    if ".group." in placed.field:
+        raise InvalidRequest("A group holds pictures and no videos.", field=field)
+    if video.segment_count is not None and video.segment_count < 1:
+        raise InvalidRequest("A video has at least one segment.", field=f"{field}.segment_count")
+    for name, bound_s in (("start_seconds", video.start_s), ("end_seconds", video.end_s)):
+        if bound_s is not None and not math.isfinite(bound_s):
+            raise InvalidRequest("A bound is a number of seconds.", field=f"{field}.{name}")
 
 
 def _placed(index: int, message: Message) -> Iterator[PlacedMedium]:

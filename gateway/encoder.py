@@ -1,6 +1,7 @@
 """Gets the embeddings of a turn's media from the vision service, sending bytes only where no cache has them."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -9,9 +10,11 @@ from gateway.content import Medium
 from gateway.dialogue import PlacedMedium
 from gateway.events import Encoded
 from gateway.media import MediaLibrary
-from shared.errors import InvalidRequest, VisionUnavailable
+from shared.errors import InvalidRequest, QueueFull, VisionUnavailable
+from shared.rpc.deadline import remaining_s
 
 T = TypeVar("T")
+_RETRY_S = 1.0  # where a full service does not say when to come again
 
 
 class Vision(Protocol):
@@ -25,18 +28,22 @@ class Vision(Protocol):
 
 
 class MediaEncoder:
-    """Turns the media of a dialogue into embeddings, several at a time."""
+    """Turns the media of a dialogue into embeddings, `parallel` at a time.
 
-    def __init__(self, vision: Vision, library: MediaLibrary, parallel: int) -> None:
+    A vision service that is full is asked again, for `patience_s` after the last of the dialogue's media went through.
+    """
+
+    def __init__(self, vision: Vision, library: MediaLibrary, parallel: int, patience_s: float = 10.0) -> None:
         self._vision = vision
         self._library = library
         self._parallel = parallel
+        self._patience_s = patience_s
 
     async def encode(self, media: Sequence[PlacedMedium]) -> dict[Medium, Encoded]:
         """Return the embedding of each distinct medium.
 
-        Raises `MediaNotFound` when bytes are needed that nobody holds, and what the vision service says about a
-        picture, with the request's field that it came in.
+        Raises `MediaNotFound` when bytes are needed that nobody holds, `QueueFull` when the vision service stays full,
+        and what it says about a picture, with the request's field that it came in.
         """
         use = asyncio.create_task(self._library.note_use([placed.medium for placed in media]))
         try:
@@ -55,13 +62,14 @@ class MediaEncoder:
     ) -> dict[Medium, Encoded]:
         distinct = _distinct(media)
         room = asyncio.Semaphore(self._parallel)
+        queue = _Queue(self._patience_s)
 
         async def encode_one(placed: PlacedMedium) -> Encoded:
             async with room:
                 with _placing_errors(placed.field):
-                    return await _repeated(lambda: encode(placed.medium))
+                    return await queue.passed(lambda: _repeated(lambda: encode(placed.medium)))
 
-        results = await _all_or_first_error([encode_one(placed) for placed in distinct])
+        results = await all_or_first_error([encode_one(placed) for placed in distinct])
         return {placed.medium: encoded for placed, encoded in zip(distinct, results, strict=True)}
 
     async def _encode(self, medium: Medium) -> Encoded:
@@ -81,6 +89,45 @@ def _distinct(media: Sequence[PlacedMedium]) -> list[PlacedMedium]:
     return list(found.values())
 
 
+class _Queue:
+    """The calls of one dialogue at a vision service that may be full, of this dialogue's own media even.
+
+    While some of them are being worked on, the others wait. When none is, others are to blame: then `patience_s`
+    counts, so that a service that has too much to do is not waited for by everybody.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._last_passed = time.monotonic()
+        self._open_calls = 0
+
+    async def passed(self, call: Callable[[], Awaitable[Encoded]]) -> Encoded:
+        """Make the call, again when the service says so; raise `QueueFull` where it stays full, or no time is left."""
+        while True:
+            try:
+                return await self._call(call)
+            except QueueFull as error:
+                wait_s = _RETRY_S if error.retry_after_s is None else error.retry_after_s
+                if not self._is_worth_while(wait_s):
+                    raise
+                await asyncio.sleep(wait_s)
+
+    async def _call(self, call: Callable[[], Awaitable[Encoded]]) -> Encoded:
+        self._open_calls += 1
+        try:
+            encoded = await call()
+        finally:
+            self._open_calls -= 1
+        self._last_passed = time.monotonic()
+        return encoded
+
+    def _is_worth_while(self, wait_s: float) -> bool:
+        left_s = remaining_s()
+        if left_s is not None and wait_s >= left_s:
+            return False
+        return self._open_calls > 0 or time.monotonic() + wait_s <= self._last_passed + self._patience_s
+
+
 async def _repeated(encode: Callable[[], Awaitable[Encoded]]) -> Encoded:
     """Encode, once more if the replica was lost: encoding changes nothing but caches."""
     try:
@@ -94,10 +141,12 @@ def _placing_errors(field: str) -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        raise type(error)(error.message, field=field) from error
+        # `header.options.X` of the vision service is `options.X` of the medium here.
+        _, is_option, option = (error.field or "").partition("header.options")
+        raise type(error)(error.message, field=f"{field}.options{option}" if is_option else field) from error
 
 
-async def _all_or_first_error(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_or_first_error(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Return all results in order; when one call fails, end the others and raise its error."""
     try:
         async with asyncio.TaskGroup() as group:

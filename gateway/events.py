@@ -1,11 +1,11 @@
-"""What is asked of a turn and what comes back: configuration, events, receipts, timings."""
+"""What is asked of a turn and what comes back: configuration, events, candidates, receipts, timings."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
-from gateway.content import Message
-from gateway.prompt import EmbeddingHandle, Prompt
+from gateway.content import Message, ToolCall
+from gateway.prompt import EmbeddingHandle, Prompt, Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +22,34 @@ class GenerationConfig:
     stop_sequences: tuple[str, ...] = ()
     num_beams: int | None = None
     ignore_end: bool = False
+    candidate_count: int | None = None
+    top_logprobs: int | None = None
+    json_schema: str = ""
+    grounding: bool = False
+    visual_position_stride: int | None = None
+    include_special_tokens: bool = False
+
+
+class RankingMethod(StrEnum):
+    """How candidates are ranked. UNSPECIFIED: by the critic where there is one, else by log-probability."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    LOG_PROBABILITY = "LOG_PROBABILITY"
+    CRITIC = "CRITIC"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A turn to answer: the next message of a kept conversation, or a whole dialogue."""
+    """A turn to answer: the next messages of a kept conversation, or a whole dialogue."""
 
     messages: tuple[Message, ...]
     conversation_id: str = ""
     system_message: str | None = None
     config: GenerationConfig = GenerationConfig()
     return_token_ids: bool = False
+    tools: tuple[Tool, ...] = ()
+    max_total_tiles: int | None = None
+    ranking_method: RankingMethod = RankingMethod.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +78,15 @@ class FinishReason(StrEnum):
     UNSPECIFIED = "UNSPECIFIED"
     STOP = "STOP"
     LENGTH = "LENGTH"
+    TOOL_CALLS = "TOOL_CALLS"
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFrame:
+    """A frame that was seen: its number in the video, and when it is shown."""
+
+    index: int
+    time_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +100,7 @@ class Encoded:
     coalesced: bool = False
     preprocess_s: float = 0.0
     encode_s: float = 0.0
+    frames: tuple[VideoFrame, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +132,48 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was: the natural logarithm of its probability, and the likeliest tokens of its step."""
+
+    token_id: int
+    token: bytes
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that became certain since the last event."""
+    """Text of one candidate that became certain since the last event."""
 
     text: str
     token_ids: tuple[int, ...] = ()
+    candidate_index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateResult:
+    """How the LLM service says that one candidate ended."""
+
+    finish_reason: FinishReason
+    output_tokens: int = 0
+    mean_logprob: float = 0.0
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A whole candidate, and what it is ranked by. `step_scores` are a critic's, 0 to 1; none without one."""
+
+    text: str
+    result: CandidateResult
+    step_scores: tuple[float, ...] = ()
+    score: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The LLM service's last word on an answer."""
+    """The LLM service's last word on an answer. An LLM service that knows no candidates names none."""
 
     finish_reason: FinishReason
     usage: TokenUsage = TokenUsage()
@@ -122,6 +181,7 @@ class Generated:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     transfers: tuple[Transfer, ...] = ()
+    candidates: tuple[CandidateResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +204,22 @@ class ChatTimings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer is complete. `message_id` is empty where it is not kept, or could not be."""
+    """The answer is complete. `message_id` is empty where it is not kept, or could not be.
+
+    `candidates` are in the order of their indices; the one at `best_index` ranks first.
+    """
 
     generated: Generated
     timings: ChatTimings
+    candidates: tuple[Candidate, ...]
+    best_index: int = 0
     receipts: tuple[MediaReceipt, ...] = field(default=())
     message_id: str = ""
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate that ranks first."""
+        return self.candidates[self.best_index]
 
 
 GenerateEvent: TypeAlias = Started | Delta | Generated

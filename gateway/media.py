@@ -183,6 +183,12 @@ class MediaLibrary:
         self._cache.put(medium.digest, content)
         return content
 
+    async def store(self, contents: Mapping[str, bytes], named: Collection[str], ttl_s: int) -> None:
+        """Have the store hold `contents`, and those of `named` that it has, for `ttl_s`; raise `StoreUnavailable`."""
+        for digest in await self._store.find_missing(list(contents)) if contents else ():
+            await self._store.put(digest, contents[digest], ttl_s)
+        await self._store.touch({*contents, *named}, ttl_s)
+
     async def keep(self, media: Sequence[Medium], ttl_s: int) -> None:
         """Have the store hold the bytes of `media` for `ttl_s` at least, where that can be done. Never raises."""
         carried = {medium.digest: medium.content for medium in media if medium.content is not None}

@@ -1,11 +1,11 @@
-"""How a conversation is written down: JSON of text, digests and options, checked when it is read back."""
+"""How conversations and batches are written down: JSON of text, digests and options, checked when it is read back."""
 
 from collections.abc import Sequence
 from datetime import datetime
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from gateway.content import MediaPart, Medium, Message, Part, PreprocessOptions, Role, TextPart
+from gateway.content import MediaPart, Medium, Message, Part, PreprocessOptions, Role, TextPart, ToolCall, VideoOptions
 
 
 class _Record(BaseModel):
@@ -21,16 +21,40 @@ class ConversationRecord(_Record):
     create_time: AwareDatetime
 
 
+class BatchRecord(_Record):
+    """What is known of a batch besides its items and results. `request_id` begins those of its items."""
+
+    item_count: int = Field(ge=1)
+    concurrency: int = Field(ge=1)
+    ttl_s: int = Field(ge=1)
+    create_time: AwareDatetime
+    request_id: str
+
+
+class _VideoRecord(_Record):
+    segment_count: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
 class _MediumRecord(_Record):
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     max_tiles: int | None = None
     thumbnail: bool | None = None
+    video: _VideoRecord | None = None
+
+
+class _CallRecord(_Record):
+    name: str
+    arguments_json: str
+    tool_call_id: str
 
 
 class _PartRecord(_Record):
     text: str = ""
     media: tuple[_MediumRecord, ...] = ()
     grouped: bool = False
+    call: _CallRecord | None = None
 
 
 class _MessageRecord(_Record):
@@ -59,21 +83,39 @@ def read_messages(values: Sequence[bytes | None]) -> tuple[Message, ...]:
 
 
 def _part_record(part: Part) -> _PartRecord:
-    if isinstance(part, TextPart):
-        return _PartRecord(text=part.text)
-    return _PartRecord(media=tuple(map(_medium_record, part.media)), grouped=part.grouped)
+    match part:
+        case TextPart():
+            return _PartRecord(text=part.text)
+        case ToolCall():
+            call = _CallRecord(name=part.name, arguments_json=part.arguments_json, tool_call_id=part.tool_call_id)
+            return _PartRecord(call=call)
+        case MediaPart():
+            return _PartRecord(media=tuple(map(_medium_record, part.media)), grouped=part.grouped)
 
 
 def _medium_record(medium: Medium) -> _MediumRecord:
-    options = medium.options
-    return _MediumRecord(digest=medium.digest, max_tiles=options.max_tiles, thumbnail=options.thumbnail)
+    options, video = medium.options, medium.options.video
+    return _MediumRecord(
+        digest=medium.digest,
+        max_tiles=options.max_tiles,
+        thumbnail=options.thumbnail,
+        video=None
+        if video is None
+        else _VideoRecord(segment_count=video.segment_count, start_s=video.start_s, end_s=video.end_s),
+    )
 
 
 def _part(record: _PartRecord) -> Part:
-    if not record.media:
-        return TextPart(record.text)
-    return MediaPart(tuple(map(_medium, record.media)), record.grouped)
+    if record.call:
+        return ToolCall(record.call.name, record.call.arguments_json, record.call.tool_call_id)
+    if record.media:
+        return MediaPart(tuple(map(_medium, record.media)), record.grouped)
+    return TextPart(record.text)
 
 
 def _medium(record: _MediumRecord) -> Medium:
-    return Medium(record.digest, PreprocessOptions(record.max_tiles, record.thumbnail))
+    return Medium(record.digest, PreprocessOptions(record.max_tiles, record.thumbnail, _video(record.video)))
+
+
+def _video(record: _VideoRecord | None) -> VideoOptions | None:
+    return None if record is None else VideoOptions(record.segment_count, record.start_s, record.end_s)

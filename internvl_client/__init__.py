@@ -6,9 +6,12 @@ Example:
 
 """
 
+from internvl_client.async_batches import AsyncBatch
 from internvl_client.async_client import AsyncAnswerStream, AsyncClient, AsyncConversation, AsyncEventStream
-from internvl_client.card import messages_from_card, parts_from_card
+from internvl_client.batches import Batch
+from internvl_client.card import batch_from_card, messages_from_card, parts_from_card
 from internvl_client.client import AnswerStream, Client, Conversation, EventStream
+from internvl_client.content import Image, ImageGroup, Media, Message, Part, Role, Tool, ToolCall, Video
 from internvl_client.errors import (
     ConversationBusyError,
     DeadlineError,
@@ -20,35 +23,43 @@ from internvl_client.errors import (
     ServerError,
     UnavailableError,
 )
+from internvl_client.grounding import Box, draw_boxes, parse_boxes
 from internvl_client.types import (
     Answer,
+    BatchInfo,
+    BatchState,
     CacheTier,
+    Candidate,
     ChatEvent,
     ConversationInfo,
     Delta,
     Finished,
     FinishReason,
     GenerationConfig,
-    Image,
-    ImageGroup,
-    Message,
-    Part,
+    RankingMethod,
     Receipt,
-    Role,
     Started,
     Timings,
+    TokenLogprob,
     UploadedMedia,
     Usage,
+    VideoFrame,
 )
 
 __all__ = [
     "Answer",
     "AnswerStream",
     "AsyncAnswerStream",
+    "AsyncBatch",
     "AsyncClient",
     "AsyncConversation",
     "AsyncEventStream",
+    "Batch",
+    "BatchInfo",
+    "BatchState",
+    "Box",
     "CacheTier",
+    "Candidate",
     "ChatEvent",
     "Client",
     "Conversation",
@@ -64,19 +75,29 @@ __all__ = [
     "ImageGroup",
     "InternVLError",
     "InvalidRequestError",
+    "Media",
     "Message",
     "NotFoundError",
     "OverloadedError",
     "Part",
     "PreconditionError",
+    "RankingMethod",
     "Receipt",
     "Role",
     "ServerError",
     "Started",
     "Timings",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "UnavailableError",
     "UploadedMedia",
     "Usage",
+    "Video",
+    "VideoFrame",
+    "batch_from_card",
+    "draw_boxes",
     "messages_from_card",
+    "parse_boxes",
     "parts_from_card",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -11,23 +11,31 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from internvl_client import convert
+from internvl_client.async_batches import AsyncBatch
+from internvl_client.batches import CANCEL_TIMEOUT_S, Outcome, Progress, missing_result
 from internvl_client.channel import CHANNEL_OPTIONS, CallScope
-from internvl_client.errors import NotFoundError, translated
-from internvl_client.plan import MAX_DIGESTS_PER_REQUEST, AnswerCollector, ChatPlan, KnownDigests, plan_chat
+from internvl_client.content import Media, Message, Part
+from internvl_client.errors import InternVLError, NotFoundError, translated
+from internvl_client.plan import (
+    MAX_DIGESTS_PER_REQUEST,
+    AnswerCollector,
+    ChatPlan,
+    KnownDigests,
+    plan_batch,
+    plan_chat,
+)
 from internvl_client.types import (
     Answer,
     ChatEvent,
     ChatOptions,
     ConversationInfo,
     Delta,
-    Image,
-    Message,
-    Part,
     Started,
     TurnOptions,
     UploadedMedia,
 )
 from internvl_serving.gateway.v1 import (
+    batch_service_pb2_grpc,
     chat_service_pb2_grpc,
     conversation_service_pb2,
     conversation_service_pb2_grpc,
@@ -137,6 +145,7 @@ class AsyncClient:
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
         self._conversations = conversation_service_pb2_grpc.ConversationServiceStub(self._channel)
         self._media = media_service_pb2_grpc.MediaServiceStub(self._channel)
+        self._batches = batch_service_pb2_grpc.BatchServiceStub(self._channel)
         self._known = KnownDigests()
 
     async def __aenter__(self) -> Self:
@@ -164,6 +173,60 @@ class AsyncClient:
         async with self.stream(*content, **options) as stream:
             return await stream.answer()
 
+    async def ask_batch(
+        self,
+        items: Iterable[str | Iterable[Message | Part]],
+        *,
+        concurrency: int | None = None,
+        on_progress: Progress | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[Outcome]:
+        """Return what becomes of many independent questions, in their order: an answer, or the error of that question.
+
+        Each item is a text, the parts of one user message, or a dialogue; `options` hold for all. At most `concurrency`
+        are asked at a time (None: the server's limit). `on_progress` is told how many have ended, and of how many. A
+        call that is left before its end ends the batch.
+        """
+        asked = list(items)
+        if not asked:
+            return []
+        batch = await self.create_batch(asked, concurrency=concurrency, **options)
+        outcomes: dict[int, Outcome] = {}
+        try:
+            async for index, outcome in batch.results(timeout_s=options.get("timeout_s")):
+                outcomes[index] = outcome
+                if on_progress:
+                    on_progress(len(outcomes), len(asked))
+        except BaseException:
+            with suppress(InternVLError):
+                await batch.cancel(timeout_s=CANCEL_TIMEOUT_S)
+            raise
+        return [outcomes.get(index) or missing_result() for index in range(len(asked))]
+
+    async def create_batch(
+        self,
+        items: Iterable[str | Iterable[Message | Part]],
+        *,
+        concurrency: int | None = None,
+        ttl_s: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncBatch:
+        """Begin a batch, which goes on without the caller; see `ask_batch`.
+
+        Its results outlive the last of them by `ttl_s` (None: the server's default).
+        """
+        plan = plan_batch(items, options, concurrency, ttl_s)
+        scope = self._scope(options.get("timeout_s"), options.get("request_id"))
+        # An item could not be mended as a chat can, so what the server is believed to hold is asked about again.
+        self._known.discard(plan.uploads)
+        await self._provide(plan.uploads, scope)
+        response = await self._unary(self._batches.CreateBatch, plan.request, scope)
+        return AsyncBatch(self, response.batch.batch_id, scope.request_id)
+
+    def batch(self, batch_id: str) -> AsyncBatch:
+        """Return the batch of this id; nothing is sent yet."""
+        return AsyncBatch(self, batch_id)
+
     async def create_conversation(
         self, *, system_message: str | None = None, ttl_s: float | None = None, timeout_s: float | None = None
     ) -> AsyncConversation:
@@ -180,11 +243,11 @@ class AsyncClient:
         """Return those of `digests` whose bytes the server does not hold."""
         return await self._find_missing(digests, self._scope(timeout_s))
 
-    async def upload(self, image: Image, *, timeout_s: float | None = None) -> UploadedMedia:
-        """Upload a picture whether or not the server holds it; raise `ValueError` when its bytes are not known."""
-        if image.content is None:
-            raise ValueError("An image made from a digest has no bytes to upload.")
-        return await self._upload(image.digest, image.content, self._scope(timeout_s))
+    async def upload(self, medium: Media, *, timeout_s: float | None = None) -> UploadedMedia:
+        """Upload a medium whether or not the server holds it; raise `ValueError` when its bytes are not known."""
+        if medium.content is None:
+            raise ValueError("A medium made from a digest has no bytes to upload.")
+        return await self._upload(medium.digest, medium.content, self._scope(timeout_s))
 
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Return whether the gateway says that it serves; raise `UnavailableError` when nobody answers."""
@@ -257,28 +320,28 @@ class AsyncClient:
 class AsyncConversation:
     """A dialogue that the server keeps, so that a turn carries only what is new. One turn at a time.
 
-    Pictures of earlier turns are remembered here, to be uploaded again should the server have lost them.
+    Media of earlier turns are remembered here, to be uploaded again should the server have lost them.
     """
 
     def __init__(self, client: AsyncClient, conversation_id: str) -> None:
         self._client = client
-        self._earlier: dict[str, Image] = {}
+        self._earlier: dict[str, Media] = {}
         self.conversation_id = conversation_id
 
-    def chat(self, parts: Iterable[Part], **options: Unpack[TurnOptions]) -> AsyncEventStream:
-        """Return the events of the answer to one more user message."""
-        message = Message.user(*parts)
-        plan = plan_chat([message], options, conversation_id=self.conversation_id, earlier=self._earlier)
-        self._earlier |= {image.digest: image for image in message.images}
+    def chat(self, content: Iterable[Message | Part], **options: Unpack[TurnOptions]) -> AsyncEventStream:
+        """Return the events of the answer to one more user message, or to results of tools (`Message.tool`)."""
+        messages = convert.dialogue_of(content)
+        plan = plan_chat(messages, options, conversation_id=self.conversation_id, earlier=self._earlier)
+        self._earlier |= {medium.digest: medium for message in messages for medium in message.media}
         return self._client._stream(plan, options)
 
-    def stream(self, *parts: Part, **options: Unpack[TurnOptions]) -> AsyncAnswerStream:
-        """Return the answer to one more user message as it comes."""
-        return AsyncAnswerStream(self.chat(parts, **options))
+    def stream(self, *content: Message | Part, **options: Unpack[TurnOptions]) -> AsyncAnswerStream:
+        """Return the answer to one more user message, or to results of tools, as it comes."""
+        return AsyncAnswerStream(self.chat(content, **options))
 
-    async def ask(self, *parts: Part, **options: Unpack[TurnOptions]) -> Answer:
-        """Return the whole answer to one more user message."""
-        async with self.stream(*parts, **options) as stream:
+    async def ask(self, *content: Message | Part, **options: Unpack[TurnOptions]) -> Answer:
+        """Return the whole answer to one more user message, or to results of tools."""
+        async with self.stream(*content, **options) as stream:
             return await stream.answer()
 
     async def info(self, *, timeout_s: float | None = None) -> ConversationInfo:
@@ -289,7 +352,7 @@ class AsyncConversation:
         return convert.conversation_of(response.conversation)
 
     async def messages(self, *, page_size: int = 100, timeout_s: float | None = None) -> AsyncIterator[Message]:
-        """Yield the messages, oldest first; their pictures are digests. `timeout_s` is per page."""
+        """Yield the messages, oldest first; their media are digests. `timeout_s` is per page."""
         client = self._client
         request = conversation_service_pb2.ListMessagesRequest(
             conversation_id=self.conversation_id, page_size=page_size

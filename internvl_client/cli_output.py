@@ -27,18 +27,40 @@ def open_console() -> Console:
     return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def show_answer(console: Console, stream: AnswerStream, names: Mapping[str, str]) -> Answer:
-    """Print the answer as it comes, then tokens, times and a receipt per picture; `names` are by digest."""
+def show_answer(console: Console, stream: AnswerStream, names: Mapping[str, str], *, streams: bool = True) -> Answer:
+    """Print the answer as it comes, then tokens, times and a receipt per medium; `names` are by digest.
+
+    `streams` False waits for the end: candidates that come side by side cannot be read as they come.
+    """
     with stream:
         for delta in stream:
-            # Past rich, which would expand tabs as if each piece began a line.
-            console.file.write(delta.text.translate(_CONTROL_CHARACTERS))
-            console.file.flush()
+            if streams:
+                _write(console, delta.text)
         answer = stream.answer()
-    console.print()
+    if streams:
+        console.print()
+    else:
+        _show_candidates(console, answer)
     for label, text in summary(answer, names):
         console.print(f"  {label:<8} {text}", style="dim")
     return answer
+
+
+def _write(console: Console, text: str) -> None:
+    # Past rich, which would expand tabs as if each piece began a line.
+    console.file.write(text.translate(_CONTROL_CHARACTERS))
+    console.file.flush()
+
+
+def _show_candidates(console: Console, answer: Answer) -> None:
+    """Print the candidates, the best first."""
+    ranked = sorted(answer.candidates, key=lambda candidate: -candidate.score)
+    best = answer.candidates[answer.best_index]
+    for candidate in (best, *(other for other in ranked if other is not best)):
+        steps = " ".join(f"{score:.2f}" for score in candidate.step_scores)
+        rank = f"{'best, ' if candidate is best else ''}score {candidate.score:.3f}"
+        console.print(f"[{rank}{f', steps {steps}' if steps else ''}]", style="bold")
+        _write(console, f"{candidate.text}\n")
 
 
 def summary(answer: Answer, names: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -50,7 +72,8 @@ def summary(answer: Answer, names: Mapping[str, str]) -> list[tuple[str, str]]:
     )
     time = f"first token {timings.time_to_first_token_s:.2f} s, {answer.tokens_per_second:.1f} tokens/s, "
     time += f"total {timings.total_s:.2f} s"
-    return [("tokens", tokens), ("time", time), *(("picture", _receipt(receipt, names)) for receipt in answer.receipts)]
+    receipts = [("video" if receipt.frames else "picture", _receipt(receipt, names)) for receipt in answer.receipts]
+    return [("tokens", tokens), ("time", time), *receipts]
 
 
 def _receipt(receipt: Receipt, names: Mapping[str, str]) -> str:
@@ -59,9 +82,13 @@ def _receipt(receipt: Receipt, names: Mapping[str, str]) -> str:
         cost = f"hit in {_place(receipt.cache_tier, 'the vision service')}, no encode"
     else:
         cost = f"encode {receipt.encode_s * 1000:.0f} ms{' (shared)' if receipt.coalesced else ''}, cached from now on"
+    grid = f"{receipt.columns}x{receipt.rows}{thumbnail}"
+    if receipt.frames:
+        first, last = receipt.frames[0].time_s, receipt.frames[-1].time_s
+        grid = f"{len(receipt.frames)} frames, {first:.2f} to {last:.2f} s"
     return (
         f"{names.get(receipt.media_digest, receipt.media_digest[:12])}: "
-        f"{receipt.num_tiles} tiles ({receipt.columns}x{receipt.rows}{thumbnail}), {receipt.num_tokens} visual tokens, "
+        f"{receipt.num_tiles} tiles ({grid}), {receipt.num_tokens} visual tokens, "
         f"{cost}, read from {_place(receipt.transfer_tier, 'the LLM service')}"
     )
 

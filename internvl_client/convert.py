@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from internvl_client.content import Image, ImageGroup, Media, Message, Part, Role, Tool, ToolCall, Video
 from internvl_client.types import (
     CacheTier,
+    Candidate,
     ChatEvent,
     ConversationInfo,
     Delta,
     Finished,
     FinishReason,
     GenerationConfig,
-    Image,
-    ImageGroup,
-    Message,
-    Part,
+    RankingMethod,
     Receipt,
-    Role,
     Started,
     Timings,
+    TokenLogprob,
     TurnOptions,
     UploadedMedia,
     Usage,
+    VideoFrame,
 )
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.gateway.v1 import (
@@ -52,13 +54,18 @@ def chat_request(
     system_message: str | None,
     conversation_id: str,
 ) -> chat_service_pb2.ChatRequest:
-    """Return the request for an answer; pictures whose digest is in `inline` carry their bytes."""
+    """Return the request for an answer; media whose digest is in `inline` carry their bytes."""
     return chat_service_pb2.ChatRequest(
         conversation_id=conversation_id,
         messages=[_message(message, inline) for message in messages],
         system_message=system_message,
         generation_config=_generation_config(options),
         return_token_ids=options.get("return_token_ids", False),
+        tools=[_tool(tool) for tool in options.get("tools", ())],
+        max_total_tiles=options.get("max_total_tiles"),
+        ranking_method=chat_service_pb2.RankingMethod.Value(
+            f"RANKING_METHOD_{options.get('ranking_method', RankingMethod.UNSPECIFIED)}"
+        ),
     )
 
 
@@ -88,25 +95,19 @@ def create_conversation_request(
     system_message: str | None, ttl_s: float | None
 ) -> conversation_service_pb2.CreateConversationRequest:
     """Return the request for a new conversation."""
-    ttl = None
-    if ttl_s is not None:
-        ttl = Duration()
-        ttl.FromMilliseconds(round(ttl_s * 1000))
-    return conversation_service_pb2.CreateConversationRequest(system_message=system_message, ttl=ttl)
+    return conversation_service_pb2.CreateConversationRequest(system_message=system_message, ttl=duration(ttl_s))
 
 
 def event_of(response: chat_service_pb2.ChatResponse) -> ChatEvent | None:
     """Return the event; None for one that this version of the client does not know."""
     match response.WhichOneof("event"):
         case "started":
-            started = response.started
-            return Started(
-                started.request_id, started.model, started.prompt_token_count, tuple(started.prompt_token_ids)
-            )
+            return started_of(response.started)
         case "delta":
-            return Delta(response.delta.text, tuple(response.delta.token_ids))
+            delta = response.delta
+            return Delta(delta.text, tuple(delta.token_ids), delta.candidate_index, logprobs_of(delta.logprobs))
         case "finished":
-            return _finished(response.finished)
+            return finished_of(response.finished)
     return None
 
 
@@ -116,24 +117,33 @@ def conversation_of(conversation: conversation_service_pb2.Conversation) -> Conv
         conversation.conversation_id,
         conversation.system_message if conversation.HasField("system_message") else None,
         conversation.message_count,
-        _time(conversation.create_time),
-        _time(conversation.expire_time),
+        time_of(conversation.create_time),
+        time_of(conversation.expire_time),
     )
 
 
 def message_of(message: content_pb2.Message) -> Message:
-    """Return a stored message; its pictures are digests."""
+    """Return a stored message; its media are digests."""
     return Message(
         _ROLES.get(message.role, Role.UNSPECIFIED),
         tuple(_part_of(part) for part in message.parts),
         message.message_id,
-        _time(message.create_time) if message.HasField("create_time") else None,
+        time_of(message.create_time) if message.HasField("create_time") else None,
     )
 
 
 def uploaded_of(response: media_service_pb2.UploadResponse) -> UploadedMedia:
     """Return what the server says of an upload."""
-    return UploadedMedia(response.digest, response.size_bytes, _time(response.expire_time))
+    return UploadedMedia(response.digest, response.size_bytes, time_of(response.expire_time))
+
+
+def duration(seconds: float | None) -> Duration | None:
+    """Return the time as a message."""
+    if seconds is None:
+        return None
+    made = Duration()
+    made.FromMilliseconds(round(seconds * 1000))
+    return made
 
 
 def _message(message: Message, inline: frozenset[str]) -> content_pb2.Message:
@@ -148,24 +158,60 @@ def _part(part: Part, inline: frozenset[str]) -> content_pb2.Part:
         return content_pb2.Part(text=part)
     if isinstance(part, ImageGroup):
         return content_pb2.Part(group=content_pb2.MediaGroup(media=[_media(image, inline) for image in part.images]))
+    if isinstance(part, ToolCall):
+        return content_pb2.Part(
+            tool_call=generation_pb2.ToolCall(
+                name=part.name, arguments_json=part.arguments_json, tool_call_id=part.tool_call_id
+            )
+        )
     return content_pb2.Part(media=_media(part, inline))
 
 
-def _media(image: Image, inline: frozenset[str]) -> content_pb2.Media:
-    options = embedding_pb2.PreprocessOptions(max_tiles=image.max_tiles, thumbnail=image.thumbnail)
-    if image.content is not None and image.digest in inline:
-        return content_pb2.Media(inline=image.content, options=options)
-    return content_pb2.Media(digest=image.digest, options=options)
+def _media(medium: Media, inline: frozenset[str]) -> content_pb2.Media:
+    options = embedding_pb2.PreprocessOptions(
+        max_tiles=medium.max_tiles,
+        thumbnail=medium.thumbnail,
+        video=embedding_pb2.VideoOptions(
+            segment_count=medium.num_segments, start_seconds=medium.start_s, end_seconds=medium.end_s
+        )
+        if isinstance(medium, Video)
+        else None,
+    )
+    if medium.content is not None and medium.digest in inline:
+        return content_pb2.Media(inline=medium.content, options=options)
+    return content_pb2.Media(digest=medium.digest, options=options)
+
+
+def _tool(tool: Tool) -> generation_pb2.Tool:
+    return generation_pb2.Tool(
+        name=tool.name, description=tool.description, parameters_json_schema=_json_text(tool.parameters or "")
+    )
+
+
+def _json_text(schema: str | Mapping[str, Any]) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)
 
 
 def _generation_config(options: TurnOptions) -> generation_pb2.GenerationConfig:
     given: Mapping[str, object] = options
     changes = {name: value for name, value in given.items() if name in _GENERATION_FIELDS}
     config = dataclasses.replace(options.get("config", GenerationConfig()), **changes)  # type: ignore[arg-type]
-    return generation_pb2.GenerationConfig(**{name: getattr(config, name) for name in _GENERATION_FIELDS})
+    fields = {name: getattr(config, name) for name in _GENERATION_FIELDS}
+    return generation_pb2.GenerationConfig(**fields | {"json_schema": _json_text(config.json_schema)})
 
 
-def _finished(finished: chat_service_pb2.ChatFinished) -> Finished:
+def started_of(started: chat_service_pb2.ChatStarted) -> Started:
+    """Return the beginning of an answer."""
+    return Started(started.request_id, started.model, started.prompt_token_count, tuple(started.prompt_token_ids))
+
+
+def logprobs_of(logprobs: Iterable[generation_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    """Return how likely tokens were."""
+    return tuple(map(_logprob_of, logprobs))
+
+
+def finished_of(finished: chat_service_pb2.ChatFinished) -> Finished:
+    """Return the end of an answer."""
     usage = finished.usage
     return Finished(
         _FINISH_REASONS.get(finished.finish_reason, FinishReason.UNSPECIFIED),
@@ -173,7 +219,28 @@ def _finished(finished: chat_service_pb2.ChatFinished) -> Finished:
         _timings(finished.timings),
         tuple(_receipt(receipt) for receipt in finished.receipts),
         finished.message_id,
+        tuple(map(_candidate_of, finished.candidates)),
+        finished.best_candidate_index,
     )
+
+
+def _candidate_of(candidate: chat_service_pb2.Candidate) -> Candidate:
+    return Candidate(
+        finish_reason=_FINISH_REASONS.get(candidate.finish_reason, FinishReason.UNSPECIFIED),
+        num_output_tokens=candidate.output_token_count,
+        tool_calls=tuple(map(_tool_call_of, candidate.tool_calls)),
+        mean_logprob=candidate.mean_logprob,
+        score=candidate.score,
+        step_scores=tuple(candidate.step_scores),
+    )
+
+
+def _tool_call_of(call: generation_pb2.ToolCall) -> ToolCall:
+    return ToolCall(call.name, call.arguments_json, call.tool_call_id)
+
+
+def _logprob_of(logprob: generation_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(logprob.token_id, logprob.token, logprob.logprob, logprobs_of(logprob.top))
 
 
 def _timings(timings: chat_service_pb2.ChatTimings) -> Timings:
@@ -200,16 +267,35 @@ def _receipt(receipt: chat_service_pb2.MediaReceipt) -> Receipt:
         encode_s=_seconds(receipt.encode_duration),
         transfer_tier=_tier(receipt.transfer_tier),
         transfer_s=_seconds(receipt.transfer_duration),
+        frames=tuple(VideoFrame(frame.index, frame.time_seconds) for frame in receipt.frames),
     )
 
 
 def _part_of(part: content_pb2.Part) -> Part:
     match part.WhichOneof("content"):
         case "media":
-            return _image_of(part.media)
+            return _medium_of(part.media)
+        case "tool_call":
+            return _tool_call_of(part.tool_call)
         case "group":
             return ImageGroup(tuple(_image_of(media) for media in part.group.media))
     return part.text
+
+
+def _medium_of(media: content_pb2.Media) -> Media:
+    image = _image_of(media)
+    if not media.options.HasField("video"):
+        return image
+    video = media.options.video
+    return Video(
+        image.digest,
+        image.content,
+        video.segment_count if video.HasField("segment_count") else None,
+        video.start_seconds if video.HasField("start_seconds") else None,
+        video.end_seconds if video.HasField("end_seconds") else None,
+        image.max_tiles,
+        image.thumbnail,
+    )
 
 
 def _image_of(media: content_pb2.Media) -> Image:
@@ -229,5 +315,6 @@ def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 
-def _time(timestamp: Timestamp) -> datetime:
+def time_of(timestamp: Timestamp) -> datetime:
+    """Return the time that a message tells, with its zone."""
     return timestamp.ToDatetime(tzinfo=UTC)

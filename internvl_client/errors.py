@@ -2,7 +2,7 @@
 
 InternVLError
 |-- InvalidRequestError        INVALID_ARGUMENT       the request has to change
-|-- NotFoundError              NOT_FOUND              conversation or picture
+|-- NotFoundError              NOT_FOUND              conversation, batch or picture
 |-- ConversationBusyError      ABORTED                another turn is running
 |-- PreconditionError          FAILED_PRECONDITION
 |-- OverloadedError            RESOURCE_EXHAUSTED     try again after `retry_after_s`
@@ -61,7 +61,7 @@ class InvalidRequestError(InternVLError):
 
 
 class NotFoundError(InternVLError):
-    """A conversation or a picture is not there, or no longer; `resource` names it."""
+    """A conversation, a batch or a picture is not there, or no longer; `resource` names it."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -151,8 +151,7 @@ def error_of(error: grpc.RpcError, address: str, request_id: str) -> InternVLErr
     """Return the error that the status of a call to `address` stands for."""
     code = _code_of(error)
     details = _Details(_rich_status(error))
-    kind = next((kind for kind in InternVLError.__subclasses__() if kind.code is code), ServerError)
-    return kind(
+    return _kind_of(code)(
         _message(error, code, details, address),
         code=code,
         reason=details.reason,
@@ -161,6 +160,20 @@ def error_of(error: grpc.RpcError, address: str, request_id: str) -> InternVLErr
         retry_after_s=details.retry_after_s,
         request_id=request_id,
     )
+
+
+def error_of_item(
+    number: int, reason: str, message: str, *, field: str, resource: str, request_id: str
+) -> InternVLError:
+    """Return the error that an item of a batch ended with; `number` is the canonical status code."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
+    return _kind_of(code)(
+        message, code=code, reason=reason, field=field or None, resource=resource or None, request_id=request_id
+    )
+
+
+def _kind_of(code: grpc.StatusCode) -> type[InternVLError]:
+    return next((kind for kind in InternVLError.__subclasses__() if kind.code is code), ServerError)
 
 
 def _code_of(error: grpc.RpcError) -> grpc.StatusCode:

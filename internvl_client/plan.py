@@ -1,25 +1,17 @@
-"""Plans a call of Chat: which pictures travel inline, which are uploaded, and the answer that its events make."""
+"""Plans a call: which media travel inline, which are uploaded, and the answer that its events make."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from internvl_client import convert
+from internvl_client.content import Media, Message, Part
 from internvl_client.errors import MEDIA_NOT_FOUND, NotFoundError, ServerError
-from internvl_client.types import (
-    Answer,
-    ChatEvent,
-    Delta,
-    Finished,
-    Image,
-    Message,
-    Part,
-    Started,
-    TurnOptions,
-)
-from internvl_serving.gateway.v1 import chat_service_pb2
+from internvl_client.types import Answer, Candidate, ChatEvent, ChatOptions, Delta, Finished, Started, TurnOptions
+from internvl_serving.gateway.v1 import batch_service_pb2, chat_service_pb2
 
 MAX_INLINE_BYTES: Final = 256 << 10
 MAX_INLINE_TOTAL_BYTES: Final = 4 << 20
@@ -49,13 +41,13 @@ def plan_chat(
     options: TurnOptions,
     system_message: str | None = None,
     conversation_id: str = "",
-    earlier: Mapping[str, Image] | None = None,
+    earlier: Mapping[str, Media] | None = None,
 ) -> ChatPlan:
-    """Return the plan for `content`; `earlier` are the pictures of a kept conversation's previous turns."""
+    """Return the plan for `content`; `earlier` are the media of a kept conversation's previous turns."""
     messages = convert.dialogue_of(content)
-    images = [image for message in messages for image in message.images]
-    inline = inline_digests(images)
-    bytes_of = _contents(images)
+    media = [medium for message in messages for medium in message.media]
+    inline = inline_digests(media)
+    bytes_of = _contents(media)
     return ChatPlan(
         convert.chat_request(messages, inline, options, system_message, conversation_id),
         uploads={digest: bytes_of[digest] for digest in bytes_of if digest not in inline},
@@ -63,18 +55,44 @@ def plan_chat(
     )
 
 
-def inline_digests(images: Sequence[Image]) -> frozenset[str]:
-    """Return the digests of the pictures that travel in the request itself: small ones, while they are few."""
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """A call of CreateBatch; `uploads` has the bytes that the server must hold before it."""
+
+    request: batch_service_pb2.CreateBatchRequest
+    uploads: Mapping[str, bytes]
+
+
+def plan_batch(
+    items: Iterable[str | Iterable[Message | Part]], options: ChatOptions, concurrency: int | None, ttl_s: float | None
+) -> BatchPlan:
+    """Return the plan for questions that are independent of one another; a bare text is a question too."""
+    dialogues = [convert.dialogue_of([item] if isinstance(item, str) else item) for item in items]
+    media = [medium for messages in dialogues for message in messages for medium in message.media]
+    inline = inline_digests(media)
+    system_message = options.get("system_message")
+    return BatchPlan(
+        batch_service_pb2.CreateBatchRequest(
+            items=[convert.chat_request(messages, inline, options, system_message, "") for messages in dialogues],
+            concurrency=concurrency or 0,
+            ttl=convert.duration(ttl_s),
+        ),
+        uploads={digest: content for digest, content in _contents(media).items() if digest not in inline},
+    )
+
+
+def inline_digests(media: Sequence[Media]) -> frozenset[str]:
+    """Return the digests of the media that travel in the request itself: small ones, while they are few."""
     chosen: set[str] = set()
     total = 0
-    for image in images:
-        size = len(image.content) if image.content is not None else MAX_INLINE_BYTES + 1
-        # A picture that appears twice is sent twice, so it counts twice.
+    for medium in media:
+        size = len(medium.content) if medium.content is not None else MAX_INLINE_BYTES + 1
+        # What appears twice is sent twice, so it counts twice.
         if size <= MAX_INLINE_BYTES and total + size <= MAX_INLINE_TOTAL_BYTES:
-            chosen.add(image.digest)
+            chosen.add(medium.digest)
             total += size
         else:
-            chosen.discard(image.digest)
+            chosen.discard(medium.digest)
     return frozenset(chosen)
 
 
@@ -122,8 +140,10 @@ class AnswerCollector:
         """Return the whole answer; raise `ServerError` when the stream ended before it was complete."""
         if self.started is None or self.finished is None:
             raise ServerError("The answer broke off before it was complete.", request_id=self.request_id)
+        candidates = self._candidates(self.finished)
+        best = candidates[self.finished.best_index]
         return Answer(
-            text="".join(delta.text for delta in self._deltas),
+            text=best.text,
             finish_reason=self.finished.finish_reason,
             usage=self.finished.usage,
             timings=self.finished.timings,
@@ -132,9 +152,31 @@ class AnswerCollector:
             model=self.started.model,
             message_id=self.finished.message_id,
             prompt_token_ids=self.started.prompt_token_ids,
-            token_ids=tuple(number for delta in self._deltas for number in delta.token_ids),
+            token_ids=best.token_ids,
+            logprobs=best.logprobs,
+            candidates=candidates,
+            best_index=self.finished.best_index,
+        )
+
+    def _candidates(self, finished: Finished) -> tuple[Candidate, ...]:
+        said: defaultdict[int, list[Delta]] = defaultdict(list)
+        for delta in self._deltas:
+            said[delta.candidate_index].append(delta)
+        return tuple(
+            replace(
+                candidate,
+                text="".join(delta.text for delta in said[index]),
+                token_ids=tuple(number for delta in said[index] for number in delta.token_ids),
+                logprobs=tuple(logprob for delta in said[index] for logprob in delta.logprobs),
+            )
+            for index, candidate in enumerate(finished.candidates or (_only_candidate(finished),))
         )
 
 
-def _contents(images: Iterable[Image]) -> dict[str, bytes]:
-    return {image.digest: image.content for image in images if image.content is not None}
+def _only_candidate(finished: Finished) -> Candidate:
+    """Return the candidate of a server that names none."""
+    return Candidate(finished.finish_reason, finished.usage.num_output_tokens)
+
+
+def _contents(media: Iterable[Media]) -> dict[str, bytes]:
+    return {medium.digest: medium.content for medium in media if medium.content is not None}

@@ -1,29 +1,34 @@
-"""What a caller sends and gets: pictures, messages, generation settings, events, answers. All of it immutable."""
+"""How a caller wants to be answered, and what it gets: settings, events, answers. All of it immutable."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
-
-class Role(StrEnum):
-    """Who speaks."""
-
-    UNSPECIFIED = "UNSPECIFIED"
-    USER = "USER"
-    ASSISTANT = "ASSISTANT"
+from internvl_client.content import Message, Tool, ToolCall
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: the model or a stop sequence ended it (STOP), or a limit was reached (LENGTH)."""
+    """Why an answer ended.
+
+    STOP: the model or a stop sequence ended it. LENGTH: a limit was reached. TOOL_CALLS: the model asks for tools.
+    """
 
     UNSPECIFIED = "UNSPECIFIED"
     STOP = "STOP"
     LENGTH = "LENGTH"
+    TOOL_CALLS = "TOOL_CALLS"
+
+
+class RankingMethod(StrEnum):
+    """How candidates are ranked. UNSPECIFIED: by the critic where the server has one, else by log-probability."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    LOG_PROBABILITY = "LOG_PROBABILITY"
+    CRITIC = "CRITIC"
 
 
 class CacheTier(StrEnum):
@@ -38,94 +43,11 @@ class CacheTier(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
-    """A picture, named by the SHA-256 of its encoded bytes (JPEG, PNG, WebP, GIF, BMP or TIFF).
-
-    Without `content` the server must hold the bytes already. `max_tiles` (without the thumbnail) and `thumbnail` decide
-    how the picture is tiled; None leaves that to the model.
-    """
-
-    digest: str
-    content: bytes | None = field(default=None, repr=False, compare=False)
-    max_tiles: int | None = None
-    thumbnail: bool | None = None
-
-    @classmethod
-    def open(cls, path: str | Path, *, max_tiles: int | None = None, thumbnail: bool | None = None) -> Image:
-        """Return the picture in a file; raises `OSError` when it cannot be read. The bytes are not decoded here."""
-        return cls.from_bytes(Path(path).read_bytes(), max_tiles=max_tiles, thumbnail=thumbnail)
-
-    @classmethod
-    def from_bytes(cls, content: bytes, *, max_tiles: int | None = None, thumbnail: bool | None = None) -> Image:
-        """Return the picture that `content` encodes."""
-        return cls(hashlib.sha256(content).hexdigest(), content, max_tiles, thumbnail)
-
-    @classmethod
-    def from_digest(cls, digest: str, *, max_tiles: int | None = None, thumbnail: bool | None = None) -> Image:
-        """Return a picture whose bytes the server holds: 64 lower-case hex digits."""
-        return cls(digest, None, max_tiles, thumbnail)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageGroup:
-    """Several pictures that the model sees as one run of tiles: the model card's combined form."""
-
-    images: tuple[Image, ...]
-
-    @classmethod
-    def of(cls, *images: Image) -> ImageGroup:
-        """Return the group of `images`, at least one, in order."""
-        return cls(images)
-
-
-Part: TypeAlias = str | Image | ImageGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One entry of a dialogue. `message_id` and `create_time` are set by the server in kept conversations.
-
-    The server puts a newline after a picture when another picture follows, or text that does not begin with white
-    space; nothing else is inserted between parts.
-    """
-
-    role: Role
-    parts: tuple[Part, ...]
-    message_id: str = ""
-    create_time: datetime | None = None
-
-    @classmethod
-    def user(cls, *parts: Part) -> Message:
-        """Return what the person or program that asks says."""
-        return cls(Role.USER, parts)
-
-    @classmethod
-    def assistant(cls, *parts: Part) -> Message:
-        """Return what the model said."""
-        return cls(Role.ASSISTANT, parts)
-
-    @property
-    def text(self) -> str:
-        """The text parts, joined."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def images(self) -> tuple[Image, ...]:
-        """The pictures, those of groups included, in order."""
-        found: list[Image] = []
-        for part in self.parts:
-            if isinstance(part, Image):
-                found.append(part)
-            elif isinstance(part, ImageGroup):
-                found += part.images
-        return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
 class GenerationConfig:
     """How an answer is decoded. None takes the server's default, which is greedy decoding; zero is a value.
 
-    Ranges and meanings are those of `internvl_serving.common.v1.GenerationConfig`.
+    Ranges and meanings are those of `internvl_serving.common.v1.GenerationConfig`. `json_schema` may be text or what
+    `json.dumps` takes.
     """
 
     max_output_tokens: int | None = None
@@ -138,6 +60,12 @@ class GenerationConfig:
     stop_sequences: tuple[str, ...] = ()
     num_beams: int | None = None
     ignore_end: bool = False
+    candidate_count: int | None = None
+    top_logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] = ""
+    grounding: bool = False
+    visual_position_stride: int | None = None
+    include_special_tokens: bool = False
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -153,6 +81,12 @@ class GenerationOptions(TypedDict, total=False):
     stop_sequences: tuple[str, ...]
     num_beams: int | None
     ignore_end: bool
+    candidate_count: int | None
+    top_logprobs: int | None
+    json_schema: str | Mapping[str, Any]
+    grounding: bool
+    visual_position_stride: int | None
+    include_special_tokens: bool
 
 
 class TurnOptions(GenerationOptions, total=False):
@@ -160,12 +94,18 @@ class TurnOptions(GenerationOptions, total=False):
 
     `config` is the base that the generation options refine. `timeout_s` covers uploads and the whole answer.
     `request_id` (drawn when absent) finds the call in every service's log. `return_token_ids` asks for the ids.
+    `tools` are functions that the model may ask to be called. `max_total_tiles` bounds the tiles of all new media
+    together; each gets an equal share as its `max_tiles`, unless its own is smaller or the share is enough for what
+    models do by themselves. `ranking_method` says how candidates are ranked.
     """
 
     config: GenerationConfig
     timeout_s: float | None
     request_id: str | None
     return_token_ids: bool
+    tools: Sequence[Tool]
+    max_total_tiles: int | None
+    ranking_method: RankingMethod
 
 
 class ChatOptions(TurnOptions, total=False):
@@ -202,8 +142,19 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class VideoFrame:
+    """A frame that was seen: its number in the video, and when it is shown."""
+
+    index: int
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one picture cost. `columns` x `rows` is its tile grid; `num_tiles` counts the thumbnail too."""
+    """What one medium cost. `columns` x `rows` is its tile grid; `num_tiles` counts thumbnails too.
+
+    `frames` are those of a video that were seen, in order.
+    """
 
     media_digest: str
     num_tiles: int
@@ -216,6 +167,7 @@ class Receipt:
     encode_s: float
     transfer_tier: CacheTier
     transfer_s: float
+    frames: tuple[VideoFrame, ...] = ()
 
     @property
     def cache_hit(self) -> bool:
@@ -234,25 +186,65 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was: the natural logarithm of its probability, and the likeliest tokens of its step.
+
+    `token` is its text alone, in UTF-8, and may be no whole character.
+    """
+
+    token_id: int
+    token: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """More text. `str(delta)` is the text; it may be empty while a character is incomplete."""
+    """More text of one candidate. `str(delta)` is the text; it may be empty while a character is incomplete."""
 
     text: str
     token_ids: tuple[int, ...] = ()
+    candidate_index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of the answers to a question. `score` is what it was ranked by.
+
+    That is the mean of `step_scores`, a critic's scores of its steps (0 to 1), or else `mean_logprob`. Token ids and
+    log-probabilities are there when they were asked for. Among the candidates of a `Finished` event the text, the ids
+    and the log-probabilities are missing: the deltas have brought them.
+    """
+
+    finish_reason: FinishReason
+    num_output_tokens: int
+    text: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    mean_logprob: float = 0.0
+    score: float = 0.0
+    step_scores: tuple[float, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """Last event: the answer is complete and, in a kept conversation, stored under `message_id`."""
+    """Last event: the answer is complete and, in a kept conversation, stored under `message_id`.
+
+    The candidate at `best_index` ranks first; it is the one that is stored.
+    """
 
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
     receipts: tuple[Receipt, ...] = ()
     message_id: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    best_index: int = 0
 
 
 ChatEvent: TypeAlias = Started | Delta | Finished
@@ -260,7 +252,10 @@ ChatEvent: TypeAlias = Started | Delta | Finished
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. `str(answer)` is the text. Token ids are there when they were asked for."""
+    """A whole answer. `str(answer)` is the text. Token ids and log-probabilities are there when they were asked for.
+
+    Where there are several candidates, the one at `best_index` is the answer.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -272,9 +267,22 @@ class Answer:
     message_id: str = ""
     prompt_token_ids: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+    best_index: int = 0
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the model wants called."""
+        return self.candidates[self.best_index].tool_calls if self.candidates else ()
+
+    @property
+    def message(self) -> Message:
+        """The answer as the message that a dialogue goes on from."""
+        return Message.assistant(*((self.text,) if self.text else ()), *self.tool_calls)
 
     @property
     def tokens_per_second(self) -> float:
@@ -296,8 +304,30 @@ class ConversationInfo:
 
 @dataclass(frozen=True, slots=True)
 class UploadedMedia:
-    """A picture that the server holds until `expire_time`, unless it is used again."""
+    """A medium that the server holds until `expire_time`, unless it is used again."""
 
     digest: str
     size_bytes: int
+    expire_time: datetime
+
+
+class BatchState(StrEnum):
+    """How a batch stands: at work, every item has a result, or ended early."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInfo:
+    """A batch as it stands, without its results. It is forgotten at `expire_time`, unless it is still at work."""
+
+    batch_id: str
+    state: BatchState
+    num_items: int
+    num_succeeded: int
+    num_failed: int
+    create_time: datetime
     expire_time: datetime

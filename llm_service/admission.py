@@ -23,15 +23,18 @@ class Admission:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @contextmanager
-    def answer(self) -> Iterator[None]:
-        """Count one answer while the context lasts; raise `QueueFull` when there are too many."""
-        if self._num_answers >= self._max_answers:
+    def answer(self, count: int = 1) -> Iterator[None]:
+        """Count `count` answers while the context lasts; raise `QueueFull` when there are too many.
+
+        Answers that come together and are more than the whole budget are admitted when they are alone.
+        """
+        if self._num_answers and self._num_answers + count > self._max_answers:
             raise QueueFull("Too many requests are waiting for the language model.", retry_after_s=1.0)
-        self._num_answers += 1
+        self._num_answers += count
         try:
             yield
         finally:
-            self._num_answers -= 1
+            self._num_answers -= count
 
     @asynccontextmanager
     async def embeddings(self, size_bytes: int) -> AsyncIterator[None]:

@@ -11,15 +11,18 @@ import structlog
 import torch
 
 from llm_service.admission import Admission
+from llm_service.candidate import Candidate, CandidateResult, Delta
 from llm_service.embeddings import EmbeddingReader, FetchedEmbedding
 from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import Engine
-from llm_service.engine.sequence import EngineRequest, FinishReason, SamplingParams, TokenOutput
-from llm_service.prompt.dialogue import Dialogue
-from llm_service.prompt.splice import PromptTokens, splice
-from llm_service.prompt.template import Template
+from llm_service.engine.sequence import Constraint, EngineRequest, FinishReason, SamplingParams, TokenOutput
+from llm_service.prompt.dialogue import Dialogue, EmbeddingRef
+from llm_service.prompt.positions import ORDINARY_STRIDE, positions
+from llm_service.prompt.splice import PromptTokens
 from llm_service.prompt.text_stream import TextStream
-from llm_service.prompt.tokenizer import Tokenizer
+from llm_service.prompt.writer import PromptWriter
+from llm_service.schema.compiler import SchemaCompiler
+from llm_service.scoring import probe_of
 from shared.errors import EmbeddingIncompatible, PromptTooLong
 from shared.tensors import tensor_of
 
@@ -30,11 +33,16 @@ _CHARACTERS_PER_TOKEN = 16  # far above what any language needs; text with more 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How an answer is decoded, beyond the sampling of single tokens."""
+    """How an answer is decoded, beyond the sampling of single tokens. `json_schema` empty: any text will do."""
 
     sampling: SamplingParams
     stop_sequences: tuple[str, ...] = ()
     num_beams: int = 1
+    num_candidates: int = 1
+    json_schema: str = ""
+    visual_stride: int = ORDINARY_STRIDE
+    include_special_tokens: bool = False
+    tells_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +53,23 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """Text that became certain, and the ids behind it."""
-
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Finished:
-    """The answer is complete. Durations in seconds; `transfers` in the order of the prompt's placeholders."""
+    """The answer is complete: `reason` is the likeliest candidate's, `num_output_tokens` counts all candidates'.
+
+    Durations in seconds; `transfers` are one per embedding, in the order of the prompt.
+    """
 
     reason: FinishReason
     num_output_tokens: int
     queue_s: float
     prefill_s: float
     decode_s: float
+    candidates: tuple[CandidateResult, ...]
     transfers: tuple[FetchedEmbedding, ...] = ()
 
 
 Event = Started | Delta | Finished
+_Fetched = dict[EmbeddingRef, FetchedEmbedding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ class LanguageModelFacts:
 
     name: str
     hidden_size: int
+    vocabulary_size: int
     tokens_per_tile: int
     dtype: torch.dtype
     stop_token_ids: frozenset[int]
@@ -84,15 +90,15 @@ class Answerer:
     def __init__(
         self,
         facts: LanguageModelFacts,
-        template: Template,
-        tokenizer: Tokenizer,
+        writer: PromptWriter,
+        schemas: SchemaCompiler,
         reader: EmbeddingReader,
         engine: Engine,
         admission: Admission,
     ) -> None:
         self.facts = facts
-        self._template = template
-        self._tokenizer = tokenizer
+        self._writer = writer
+        self._schemas = schemas
         self._reader = reader
         self._engine = engine
         self._admission = admission
@@ -102,81 +108,134 @@ class Answerer:
     async def tokenize(self, dialogue: Dialogue) -> PromptTokens:
         """Return the prompt's tokens.
 
-        Raises `EmbeddingIncompatible` for a handle of another model, and `PromptTooLong` where it is plain without
-        looking closer that the context cannot hold the prompt.
+        Raises `EmbeddingIncompatible` for a handle of another model, `NotSupportedByModel` for what this model has no
+        form for, and `PromptTooLong` where it is plain without looking closer that the context cannot hold the prompt.
         """
         self._check(dialogue)
-        pieces = self._template.render(dialogue)
         if dialogue.num_characters <= _INLINE_CHARACTERS:
-            return splice(pieces, self._tokenizer)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, splice, pieces, self._tokenizer)
+            return self._writer.write(dialogue)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._writer.write, dialogue)
 
     async def answer(self, dialogue: Dialogue, options: GenerationOptions) -> AsyncGenerator[Event]:
         """Yield one `Started`, any number of `Delta`, one `Finished`. Closing the iterator aborts the answer.
 
-        Raises `QueueFull` at once where too many answers are in progress, and what `tokenize` and the engine raise.
+        Raises `QueueFull` at once where too many answers are in progress or too many schemas wait to be checked,
+        `InvalidJsonSchema`, and what `tokenize` and the engine raise.
+        """
+        with self._admission.answer(options.num_candidates):
+            prompt = await self.tokenize(dialogue)
+            self._check_length(len(prompt.ids))
+            constraint = await self._constraint(options)
+            async with self._admission.embeddings(self._embedding_bytes(prompt)):
+                fetched = await self._fetch(prompt)
+                request = EngineRequest(
+                    prompt,
+                    self._tensors(prompt, fetched),
+                    options.sampling,
+                    num_candidates=options.num_candidates,
+                    constraint=constraint,
+                    positions=_positions(prompt, options.visual_stride),
+                )
+                yield Started(prompt)
+                decode = self._decode if options.num_beams == 1 else self._search
+                async with aclosing(decode(request, options, dialogue)) as events:
+                    async for event in events:
+                        if isinstance(event, Finished):
+                            event = replace(event, transfers=tuple(fetched.values()))
+                        yield event
+
+    async def score(self, dialogue: Dialogue, choices: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
+        """Return how likely each choice is, among them all, as the one word of each of the model's turns.
+
+        The turn to come is the last. Raises `InvalidRequest` where a turn or a choice is no single token, `QueueFull`,
+        and what `tokenize` and the engine raise.
         """
         with self._admission.answer():
             prompt = await self.tokenize(dialogue)
             self._check_length(len(prompt.ids))
+            probe = probe_of(self._writer, dialogue, prompt, choices)
             async with self._admission.embeddings(self._embedding_bytes(prompt)):
-                fetched = await self._fetch(prompt)
-                request = EngineRequest(prompt, self._tensors(fetched), options.sampling)
-                yield Started(prompt)
-                events = self._decode(request, options) if options.num_beams == 1 else self._search(request, options)
-                async with aclosing(events):
-                    async for event in events:
-                        yield replace(event, transfers=fetched) if isinstance(event, Finished) else event
+                tensors = self._tensors(prompt, await self._fetch(prompt))
+                request = EngineRequest(prompt, tensors, SamplingParams(max_output_tokens=1), probe=probe)
+                return (await self._engine.probe(request)).probabilities
 
-    async def _decode(self, request: EngineRequest, options: GenerationOptions) -> AsyncGenerator[Event]:
-        text = self._text_stream(options)
+    async def _decode(
+        self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue
+    ) -> AsyncGenerator[Delta | Finished]:
+        candidates = [self._candidate(index, options, dialogue) for index in range(options.num_candidates)]
+        ended: set[int] = set()
         clock = _Clock()
-        async with aclosing(self._engine.generate(request)) as outputs:
+        async with aclosing(self._engine.generate(request, ended)) as outputs:
             async for output in outputs:
                 clock.note(output)
-                ends = output.token_id in request.params.stop_token_ids
-                yield Delta("" if ends else text.push(output.token_id), (output.token_id,))
-                if text.stopped:
-                    break
-        if rest := text.finish():
-            yield Delta(rest, ())
-        yield clock.finished(FinishReason.STOP if text.stopped else output.finish_reason or FinishReason.STOP)
+                candidate = candidates[output.candidate]
+                yield candidate.push(output, is_text=_is_text(output.token_id, options))
+                if candidate.has_ended:
+                    ended.add(output.candidate)
+                    if rest := candidate.finish():
+                        yield rest
+        yield clock.finished([candidate.result() for candidate in candidates])
 
-    async def _search(self, request: EngineRequest, options: GenerationOptions) -> AsyncGenerator[Event]:
+    async def _search(
+        self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue
+    ) -> AsyncGenerator[Delta | Finished]:
         clock = _Clock()
         token_ids = await beam_search(self._engine, request, options.num_beams)
-        text = self._text_stream(options)
-        spoken = [token for token in token_ids if token not in request.params.stop_token_ids]
-        whole = "".join(map(text.push, spoken)) + text.finish()
-        yield Delta(whole, token_ids)
-        ended = text.stopped or len(spoken) < len(token_ids)
-        clock.num_tokens = len(token_ids)
-        yield clock.finished(FinishReason.STOP if ended else FinishReason.LENGTH)
+        reason = FinishReason.STOP if token_ids[-1] in options.sampling.stop_token_ids else FinishReason.LENGTH
+        candidate = self._candidate(0, options, dialogue)
+        deltas = [
+            candidate.push(TokenOutput(token_id, reason), is_text=_is_text(token_id, options)) for token_id in token_ids
+        ]
+        rest = candidate.finish()
+        yield Delta("".join(delta.text for delta in (*deltas, rest) if delta), token_ids)
+        yield clock.finished([candidate.result()])
 
-    async def _fetch(self, prompt: PromptTokens) -> tuple[FetchedEmbedding, ...]:
-        reads = [self._reader.read(placeholder.ref) for placeholder in prompt.placeholders]
-        return tuple(await asyncio.gather(*reads))
+    async def _constraint(self, options: GenerationOptions) -> Constraint | None:
+        return await self._schemas.constraint(options.json_schema) if options.json_schema else None
 
-    def _tensors(self, fetched: tuple[FetchedEmbedding, ...]) -> tuple[torch.Tensor, ...]:
-        return tuple(tensor_of(entry.embedding).to(self.facts.dtype) for entry in fetched)
+    async def _fetch(self, prompt: PromptTokens) -> _Fetched:
+        """Return the prompt's embeddings, each fetched once, in the order of their first appearance."""
+        refs = list(dict.fromkeys(placeholder.ref for placeholder in prompt.placeholders))
+        return dict(zip(refs, await asyncio.gather(*map(self._reader.read, refs)), strict=True))
 
-    def _text_stream(self, options: GenerationOptions) -> TextStream:
-        """Return the stream that the answer's text goes through; the model's end token ends it as text, too."""
-        ends = (self._template.stop_token,) if options.sampling.stop_token_ids else ()
-        return TextStream(self._tokenizer, (*options.stop_sequences, *ends))
+    def _tensors(self, prompt: PromptTokens, fetched: _Fetched) -> tuple[torch.Tensor, ...]:
+        """Return the rows of each placeholder; those of one embedding share its memory."""
+        whole = {ref: tensor_of(entry.embedding).to(self.facts.dtype) for ref, entry in fetched.items()}
+        return tuple(whole[place.ref][place.offset : place.offset + place.length] for place in prompt.placeholders)
+
+    def _candidate(self, index: int, options: GenerationOptions, dialogue: Dialogue) -> Candidate:
+        return Candidate(
+            index,
+            self._writer.tokenizer,
+            self._text_stream(options, dialogue),
+            tells_logprobs=options.tells_logprobs,
+            reads_calls=dialogue.uses_tools,
+        )
+
+    def _text_stream(self, options: GenerationOptions, dialogue: Dialogue) -> TextStream:
+        """Return the stream that an answer's text goes through.
+
+        The model's end token ends it as text, too, unless that text is wanted or may be part of a JSON string.
+        """
+        is_plain = options.sampling.stop_token_ids and not options.json_schema and not options.include_special_tokens
+        return TextStream(
+            self._writer.tokenizer,
+            (*options.stop_sequences, *((self._writer.template.stop_token,) if is_plain else ())),
+            grounding=dialogue.grounding,
+            include_special_tokens=options.include_special_tokens,
+        )
 
     def _embedding_bytes(self, prompt: PromptTokens) -> int:
-        distinct = {placeholder.ref.digest: placeholder.length for placeholder in prompt.placeholders}
+        distinct = {placeholder.ref.digest: placeholder.ref.token_count for placeholder in prompt.placeholders}
         return sum(distinct.values()) * self.facts.hidden_size * self.facts.dtype.itemsize
 
     def _check(self, dialogue: Dialogue) -> None:
         """Refuse what cannot be right or cannot fit, before anything is built for it."""
-        for ref in dialogue.embeddings:
+        for ref in set(dialogue.embeddings):
             rows = ref.tile_count * self.facts.tokens_per_tile
             if ref.hidden_size != self.facts.hidden_size or ref.token_count != rows:
                 raise EmbeddingIncompatible("The embedding was made for another model than this one.")
-        self._check_length(sum(ref.token_count for ref in dialogue.embeddings))
+        self._check_length(dialogue.num_visual_tokens)
         limit = self._engine.max_tokens
         if dialogue.num_characters > limit * _CHARACTERS_PER_TOKEN:
             raise PromptTooLong(
@@ -192,6 +251,14 @@ class Answerer:
             )
 
 
+def _is_text(token_id: int, options: GenerationOptions) -> bool:
+    return options.include_special_tokens or token_id not in options.sampling.stop_token_ids
+
+
+def _positions(prompt: PromptTokens, stride: int) -> torch.Tensor | None:
+    return None if stride == ORDINARY_STRIDE else torch.from_numpy(positions(prompt, stride))
+
+
 class _Clock:
     """Collects the timing of one answer."""
 
@@ -199,14 +266,14 @@ class _Clock:
         self._began = time.monotonic()
         self._queue_s = self._prefill_s = 0.0
         self._first_token_time: float | None = None
-        self.num_tokens = 0
 
     def note(self, output: TokenOutput) -> None:
-        self.num_tokens += 1
         if self._first_token_time is None:
             self._first_token_time = time.monotonic()
             self._queue_s, self._prefill_s = output.queue_s or 0.0, output.prefill_s or 0.0
 
-    def finished(self, reason: FinishReason) -> Finished:
+    def finished(self, candidates: list[CandidateResult]) -> Finished:
         decode_s = time.monotonic() - (self._first_token_time or self._began)
-        return Finished(reason, self.num_tokens, self._queue_s, self._prefill_s, decode_s)
+        likeliest = max(candidates, key=lambda candidate: candidate.mean_logprob)
+        num_tokens = sum(candidate.num_output_tokens for candidate in candidates)
+        return Finished(likeliest.reason, num_tokens, self._queue_s, self._prefill_s, decode_s, tuple(candidates))

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -23,6 +24,8 @@ from llm_service.model.loader import LoadSettings, load_decoder
 from llm_service.prompt.splice import PromptTokens
 from llm_service.prompt.template import TEMPLATES, Template
 from llm_service.prompt.tokenizer import Tokenizer, load_tokenizer
+from llm_service.prompt.writer import PromptWriter
+from llm_service.schema.compiler import SchemaCompiler
 from llm_service.servicer import LlmServicer
 from llm_service.settings import LlmSettings
 from shared.checkpoint import InternVLConfig, read_config, read_json
@@ -52,8 +55,9 @@ async def lifespan(settings: LlmSettings, address: str) -> AsyncIterator[Applica
             stack.callback(engine.stop)
             async for _ in engine.generate(_WARM_UP):
                 pass
+            schemas = await asyncio.to_thread(model.schemas)
             admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
-            servicer.answerer = Answerer(model.facts(), model.template, model.tokenizer, reader, engine, admission)
+            servicer.answerer = Answerer(model.facts(), model.writer(), schemas, reader, engine, admission)
 
         yield Application(
             register=lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server),
@@ -74,16 +78,14 @@ class LoadedModel:
         self.tokenizer = load_tokenizer(settings.model)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        device = resolve_device(settings.device)
-        self.decoder: Decoder = load_decoder(
-            settings.model, self.config, LoadSettings(device, resolve_dtype(settings.dtype, device))
-        )
+        self.decoder: Decoder = load_decoder(settings.model, self.config, _load_settings(settings))
         log.info(
             "model_loaded",
             model=self.config.name,
-            parameters=sum(parameter.numel() for parameter in self.decoder.parameters()),
-            device=str(device),
+            weights_mib=self.decoder.weight_bytes >> 20,
+            device=",".join(dict.fromkeys(map(str, self.decoder.layer_devices))),
             dtype=str(self.decoder.dtype),
+            quantization=settings.quantization,
             seconds=round(time.monotonic() - started, 2),
         )
 
@@ -102,7 +104,7 @@ class LoadedModel:
         settings, decoder = self._settings, self.decoder
         num_blocks = self._num_blocks()
         try:
-            cache = KVCache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.device)
+            cache = KVCache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.layer_devices)
         except RuntimeError:  # torch's out of memory, on a CPU and on a GPU
             raise CheckpointError(
                 f"there is no memory for {num_blocks} blocks of KV cache; set kv_cache_bytes."
@@ -110,11 +112,21 @@ class LoadedModel:
         log.info("kv_cache_ready", tokens=num_blocks * settings.block_size)
         return ModelRunner(decoder, cache), BlockManager(num_blocks, settings.block_size)
 
+    def writer(self) -> PromptWriter:
+        """Return what writes prompts in the model's template."""
+        return PromptWriter(self.template, self.tokenizer)
+
+    def schemas(self) -> SchemaCompiler:
+        """Return what follows JSON schemas with the model's tokens. Takes seconds, and lets no other thread run."""
+        facts = self.facts()
+        return SchemaCompiler(self.tokenizer, facts.vocabulary_size, facts.stop_token_ids)
+
     def facts(self) -> LanguageModelFacts:
         """Return what the answerer has to know."""
         return LanguageModelFacts(
             name=self.config.name,
             hidden_size=self.config.hidden_size,
+            vocabulary_size=self.decoder.config.vocab_size,
             tokens_per_tile=self.config.tokens_per_tile,
             dtype=self.decoder.dtype,
             stop_token_ids=_stop_token_ids(self._settings, self.config, self.template, self.tokenizer),
@@ -124,11 +136,21 @@ class LoadedModel:
         settings, decoder = self._settings, self.decoder
         budget = settings.kv_cache_bytes or _CPU_KV_CACHE_BYTES
         if not settings.kv_cache_bytes and decoder.device.type == "cuda":
-            budget = int(torch.cuda.mem_get_info(decoder.device)[0] * _GPU_KV_CACHE_FRACTION)
+            torch.cuda.empty_cache()  # what loading needed besides the weights
+            budget = int(self._free_cache_bytes() * _GPU_KV_CACHE_FRACTION)
         block_bytes = KVCache.block_bytes(decoder.config, settings.block_size, decoder.dtype)
         if budget < block_bytes * 4:
             raise CheckpointError(f"kv_cache_bytes of {budget} is too little: a block of this model has {block_bytes}.")
         return budget // block_bytes
+
+    def _free_cache_bytes(self) -> int:
+        """Return how much KV cache of all layers there is memory for, when each layer's is on the layer's device."""
+        layers = Counter(self.decoder.layer_devices)
+        shared = self.decoder.device if self._settings.vit_shares_first_device else None
+        return min(
+            torch.cuda.mem_get_info(device)[0] // (2 if device == shared else 1) * layers.total() // count
+            for device, count in layers.items()
+        )
 
 
 _WARM_UP = EngineRequest(PromptTokens((0,) * 8), (), SamplingParams(max_output_tokens=2))
@@ -142,6 +164,17 @@ async def _open_reader(settings: LlmSettings, stack: AsyncExitStack) -> Embeddin
     stack.push_async_callback(vision.aclose)
     return EmbeddingReader(
         LocalEmbeddingCache(settings.local_cache_bytes), open_embedding_store(redis, settings), vision
+    )
+
+
+def _load_settings(settings: LlmSettings) -> LoadSettings:
+    device, *more = (resolve_device(name) for name in settings.devices.split(","))
+    return LoadSettings(
+        device,
+        resolve_dtype(settings.dtype, device),
+        settings.quantization,
+        tuple(more),
+        settings.vit_shares_first_device,
     )
 
 

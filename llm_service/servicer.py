@@ -20,7 +20,7 @@ class LlmServicer(llm_service_pb2_grpc.LlmServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
         answerer = self._ready()
-        dialogue = convert.dialogue_of(request.prompt)
+        dialogue = convert.dialogue_of(request.prompt, grounding=request.generation_config.grounding)
         options = convert.options_of(
             request.generation_config, self._default_output_tokens, answerer.facts.stop_token_ids
         )
@@ -32,8 +32,14 @@ class LlmServicer(llm_service_pb2_grpc.LlmServiceServicer):
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Measure a prompt."""
-        prompt = await self._ready().tokenize(convert.dialogue_of(request.prompt))
+        prompt = await self._ready().tokenize(convert.dialogue_of(request.prompt, grounding=request.grounding))
         return convert.count_response_of(prompt)
+
+    async def ScoreTurns(self, request: pb.ScoreTurnsRequest, context: Any) -> pb.ScoreTurnsResponse:
+        """Score a dialogue's turns."""
+        answerer = self._ready()
+        scores = await answerer.score(convert.dialogue_of(request.prompt), convert.choices_of(request))
+        return convert.score_response_of(scores, answerer.facts.name)
 
     def _ready(self) -> Answerer:
         assert self.answerer is not None  # no call is admitted before warm-up has ended

@@ -5,19 +5,29 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from shared.quantize import Quantization
 from shared.settings import DtypeName, EmbeddingStoreSettings, ServiceSettings
 
 
 class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
     """Everything that can be set, from flags, `LLM_*` variables or these defaults."""
 
-    model_config = SettingsConfigDict(env_prefix="LLM_")
+    model_config = SettingsConfigDict(env_prefix="LLM_", cli_shortcuts={"devices": "device"})
 
     model: Path = Field(description="checkpoint directory: config.json, safetensors and tokenizer files")
-    device: str = Field(
-        "auto", description="torch device, such as cpu, cuda or cuda:1; auto takes a GPU if there is one"
+    devices: str = Field(
+        "auto",
+        pattern=r"^[^,]+(,[^,]+)*$",
+        description="torch device, such as cpu, cuda or cuda:1, or several that share the layers, as in cuda:0,cuda:1; "
+        "auto takes a GPU if there is one",
+    )
+    vit_shares_first_device: bool = Field(
+        False, description="leave half of the first device to a vision service that runs on it too"
     )
     dtype: DtypeName = Field("auto", description="element type; auto is float32 on a CPU and bfloat16 on a GPU")
+    quantization: Quantization = Field(
+        "none", description="int8 and nf4 keep the matrices of the layers in 8 and 4 bits, with bitsandbytes"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0 leaves torch's default")
     kv_cache_bytes: int = Field(
         0,

@@ -1,11 +1,13 @@
 """The embedding of one medium, and the values that hold it in the embedding store.
 
 A stored embedding is one manifest value and one value per group of rows. Every value is a fixed header, then the
-group's rows as raw little-endian bytes; a manifest has no rows. The header ends with a keyed BLAKE3 over everything
-else in the value, so a value that was damaged, cut, moved to another key or written by somebody else does not verify.
+group's rows as raw little-endian bytes; a manifest has the frames of a video there, and nothing for a picture. The
+header ends with a keyed BLAKE3 over everything else in the value, so a value that was damaged, cut, moved to another
+key or written by somebody else does not verify.
 Where no key is set anybody can write values that do, so nothing in a header is used before it has been found plausible.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -23,19 +25,36 @@ MAX_TOKENS = 1 << 22
 MAX_HIDDEN_SIZE = 1 << 16
 MAX_SIDE = 1 << 31  # pixels
 MAX_SIZE_BYTES = 1 << 30
+MAX_FRAME_INDEX = (1 << 31) - 1
 _MAGIC = b"IVLE"
-_VERSION = 1
+_VERSION = 2
 _MAC_BYTES = 32
-# magic, version, data type, reserved, tiles, tokens, hidden, width, height, columns, rows, group, groups, digest
-_FIELDS = struct.Struct("<4sHBBIIIIIIIII32s")
+# magic, version, data type, 0, tiles, tokens, hidden, width, height, columns, rows, frames, group, groups, digest
+_FIELDS = struct.Struct("<4sHBBIIIIIIIIII32s")
+_FRAME = struct.Struct("<Id")
 _HEADER_BYTES = _FIELDS.size + _MAC_BYTES
 _MANIFEST = 0xFFFFFFFF
 _DATA_TYPES: tuple[DataType, ...] = get_args(DataType)
 
 
 @dataclass(frozen=True, slots=True)
+class VideoFrame:
+    """A frame of a video that was seen: its number in the video, and seconds from the first frame to it."""
+
+    index: int
+    time_s: float
+
+    def plausible(self) -> bool:
+        """Return whether the numbers are within bounds."""
+        return 0 <= self.index <= MAX_FRAME_INDEX and 0 <= self.time_s < math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class EmbeddingInfo:
-    """What is known of an embedding without its tensor. Sizes in pixels; `columns` x `rows` is the tile grid."""
+    """What is known of an embedding without its tensor. Sizes in pixels; `columns` x `rows` is the tile grid.
+
+    `frames` are a video's, in order; all of them have the same grid and equally many tokens. A picture has none.
+    """
 
     tile_count: int
     token_count: int
@@ -45,6 +64,12 @@ class EmbeddingInfo:
     height: int
     columns: int
     rows: int
+    frames: tuple[VideoFrame, ...] = ()
+
+    @property
+    def frame_count(self) -> int:
+        """Frames of a video; 0 for a picture."""
+        return len(self.frames)
 
     @property
     def row_bytes(self) -> int:
@@ -83,7 +108,16 @@ class EmbeddingInfo:
             and 0 < min(self.columns, self.rows) <= max(self.columns, self.rows) <= MAX_TILES
             and self.token_count % self.tile_count == 0
             and self.size_bytes <= MAX_SIZE_BYTES
+            and self.tile_count % max(1, self.frame_count) == 0
+            and all(frame.plausible() for frame in self.frames)
         )
+
+
+def max_tiles(tokens_per_tile: int, hidden_size: int, data_type: DataType, max_bytes: int = MAX_SIZE_BYTES) -> int:
+    """Return how many tiles an embedding can have that is plausible and takes at most `max_bytes`; 0 is none."""
+    row_bytes = hidden_size * ITEM_BYTES[data_type]
+    most_tokens = min(MAX_TOKENS, min(max_bytes, MAX_SIZE_BYTES) // row_bytes)
+    return min(MAX_TILES, most_tokens // tokens_per_tile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +145,8 @@ class EmbeddingFormat:
 
     def pack_manifest(self, embedding: Embedding) -> bytes:
         """Return the manifest value."""
-        return self._seal(embedding.digest, embedding.info, _MANIFEST, memoryview(b""))
+        frames = b"".join(_FRAME.pack(frame.index, frame.time_s) for frame in embedding.info.frames)
+        return self._seal(embedding.digest, embedding.info, _MANIFEST, memoryview(frames))
 
     def pack_group(self, embedding: Embedding, index: int) -> bytes:
         """Return the value of one group."""
@@ -121,7 +156,7 @@ class EmbeddingFormat:
     def unpack_manifest(self, digest: str, value: bytes) -> EmbeddingInfo | None:
         """Return what the manifest says, which is plausible, or None if it does not verify."""
         opened = self._open(digest, value, _MANIFEST)
-        return opened[0] if opened and not opened[1] else None
+        return opened.info() if opened else None
 
     def unpack_group(self, digest: str, info: EmbeddingInfo, index: int, value: bytes, payload: bytearray) -> bool:
         """Copy a group's rows to their place in `payload`, the whole tensor; False, and no copy, if it does not verify.
@@ -129,9 +164,11 @@ class EmbeddingFormat:
         Threads may unpack different groups into one payload at a time.
         """
         opened, place = self._open(digest, value, index), info.group_slice(index)
-        if opened is None or opened[0] != info or len(opened[1]) != place.stop - place.start:
+        if opened is None or (opened.shape, opened.group_count) != (_shape_of(info), info.group_count):
             return False
-        memoryview(payload)[place] = opened[1]
+        if len(opened.content) != place.stop - place.start:
+            return False
+        memoryview(payload)[place] = opened.content
         return True
 
     def unpack(self, digest: str, info: EmbeddingInfo, values: list[bytes]) -> Embedding | None:
@@ -146,38 +183,63 @@ class EmbeddingFormat:
         fields = _FIELDS.pack(
             _MAGIC,
             _VERSION,
-            _DATA_TYPES.index(info.data_type),
-            0,
-            info.tile_count,
-            info.token_count,
-            info.hidden_size,
-            info.width,
-            info.height,
-            info.columns,
-            info.rows,
+            *_shape_of(info),
             group,
             info.group_count,
             bytes.fromhex(digest),
         )
         return b"".join((fields, self._mac(fields, rows), rows))
 
-    def _open(self, digest: str, value: bytes, group: int) -> tuple[EmbeddingInfo, memoryview] | None:
-        """Return what a header that is plausible says, and the rows; None, and no error, for anything else."""
+    def _open(self, digest: str, value: bytes, group: int) -> "_Opened | None":
+        """Return what a value that verifies and is of this place holds; None, and no error, for anything else."""
         if not isinstance(value, bytes) or len(value) < _HEADER_BYTES:
             return None
         view = memoryview(value)
         fields, mac, rows = view[: _FIELDS.size], view[_FIELDS.size : _HEADER_BYTES], view[_HEADER_BYTES:]
         if self._mac(fields, rows) != bytes(mac):
             return None
-        magic, version, data_type, _, *numbers, found_group, groups, found_digest = _FIELDS.unpack(fields)
+        magic, version, *shape, found_group, group_count, found_digest = _FIELDS.unpack(fields)
         if (magic, version, found_group) != (_MAGIC, _VERSION, group) or found_digest.hex() != digest:
             return None
-        if data_type >= len(_DATA_TYPES):
-            return None
-        tiles, tokens, hidden, width, height, columns, grid_rows = numbers
-        info = EmbeddingInfo(tiles, tokens, hidden, _DATA_TYPES[data_type], width, height, columns, grid_rows)
-        return (info, rows) if info.plausible() and groups == info.group_count else None
+        return _Opened(tuple(shape), group_count, rows)
 
     def _mac(self, fields: bytes | memoryview, rows: memoryview) -> bytes:
         # The MAC is compared with `!=`: a cache writer who could time us over the network gains nothing by it.
         return blake3(fields, key=self._key).update(rows).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What a value holds that verifies; whether it makes sense is not known yet."""
+
+    shape: tuple[int, ...]
+    group_count: int
+    content: memoryview
+
+    def info(self) -> EmbeddingInfo | None:
+        """Return what a manifest says, or None where it is not plausible."""
+        data_type, _, tiles, tokens, hidden_size, width, height, columns, rows, frame_count = self.shape
+        if data_type >= len(_DATA_TYPES) or frame_count > MAX_TILES:
+            return None
+        if len(self.content) != frame_count * _FRAME.size:
+            return None
+        frames = tuple(VideoFrame(*fields) for fields in _FRAME.iter_unpack(self.content))
+        name = _DATA_TYPES[data_type]
+        info = EmbeddingInfo(tiles, tokens, hidden_size, name, width, height, columns, rows, frames)
+        return info if info.plausible() and self.group_count == info.group_count else None
+
+
+def _shape_of(info: EmbeddingInfo) -> tuple[int, ...]:
+    """Return the fields of the header that are the same in every value of an embedding."""
+    return (
+        _DATA_TYPES.index(info.data_type),
+        0,
+        info.tile_count,
+        info.token_count,
+        info.hidden_size,
+        info.width,
+        info.height,
+        info.columns,
+        info.rows,
+        info.frame_count,
+    )

@@ -7,19 +7,25 @@ ServiceError
 |   |-- PromptTooLong
 |   |-- MediaUnreadable
 |   |-- MediaTooLarge
-|   `-- MediaDigestMismatch
+|   |-- MediaDigestMismatch
+|   |-- VideoRangeEmpty
+|   |-- InvalidJsonSchema
+|   `-- NotSupportedByModel
 |-- NotFound                       NOT_FOUND
 |   |-- ConversationNotFound
 |   |-- MediaNotFound
-|   `-- EmbeddingNotFound
+|   |-- EmbeddingNotFound
+|   `-- BatchNotFound
 |-- ConversationBusy               ABORTED
 |-- EmbeddingIncompatible          FAILED_PRECONDITION
+|-- NoCritic                       FAILED_PRECONDITION
 |-- QueueFull                      RESOURCE_EXHAUSTED
 |-- Unavailable                    UNAVAILABLE
 |   |-- NotReady
 |   |-- VisionUnavailable
 |   |-- LlmUnavailable
-|   `-- StoreUnavailable
+|   |-- StoreUnavailable
+|   `-- CriticUnavailable
 |-- DeadlineExceeded               DEADLINE_EXCEEDED
 `-- InternalError                  INTERNAL
 
@@ -112,6 +118,24 @@ class MediaDigestMismatch(InvalidRequest):
     reason = "MEDIA_DIGEST_MISMATCH"
 
 
+class VideoRangeEmpty(InvalidRequest):
+    """The part of a video that was asked for lies outside of it."""
+
+    reason = "VIDEO_RANGE_EMPTY"
+
+
+class InvalidJsonSchema(InvalidRequest):
+    """A JSON schema is malformed, uses what is not supported, or cannot be met by any text."""
+
+    reason = "INVALID_JSON_SCHEMA"
+
+
+class NotSupportedByModel(InvalidRequest):
+    """The model that is served has no form for what was asked, such as tools or grounding tags."""
+
+    reason = "NOT_SUPPORTED_BY_MODEL"
+
+
 class NotFound(ServiceError):
     """Something that was named does not exist."""
 
@@ -136,6 +160,12 @@ class EmbeddingNotFound(NotFound):
     reason = "EMBEDDING_NOT_FOUND"
 
 
+class BatchNotFound(NotFound):
+    """There is no such batch, or it has expired."""
+
+    reason = "BATCH_NOT_FOUND"
+
+
 class ConversationBusy(ServiceError):
     """Another turn of the conversation is running."""
 
@@ -148,6 +178,13 @@ class EmbeddingIncompatible(ServiceError):
 
     code = Code.FAILED_PRECONDITION
     reason = "EMBEDDING_INCOMPATIBLE"
+
+
+class NoCritic(ServiceError):
+    """Ranking by a critic was asked for, and there is none."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "NO_CRITIC"
 
 
 class QueueFull(ServiceError):
@@ -185,6 +222,12 @@ class StoreUnavailable(Unavailable):
     """The store that keeps conversations or media cannot be reached."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class CriticUnavailable(Unavailable):
+    """The critic that ranks candidates cannot be reached."""
+
+    reason = "CRITIC_UNAVAILABLE"
 
 
 class DeadlineExceeded(ServiceError):

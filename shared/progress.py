@@ -8,17 +8,34 @@ log = structlog.get_logger()
 
 
 class ProgressLog:
-    """Call with bytes done and in all; logs the event at most once a second, with an estimate of what is left."""
+    """Counts tensors and their bytes as they are read; logs the event at most once a second, and when all is read."""
 
-    def __init__(self, event: str) -> None:
+    def __init__(self, event: str, total_tensors: int, total_bytes: int) -> None:
         self._event = event
+        self._total_tensors, self._total_bytes = total_tensors, total_bytes
+        self._tensors = self._bytes = 0
         self._began = self._last = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Note progress."""
-        now = time.monotonic()
-        if now - self._last < 1 and done < total:
-            return
-        self._last = now
-        left = (now - self._began) * (total - done) / max(done, 1)
-        log.info(self._event, done_mib=done >> 20, total_mib=total >> 20, seconds_left=round(left, 1))
+    def add(self, size_bytes: int) -> None:
+        """Note bytes that have been read."""
+        self._bytes += size_bytes
+        if time.monotonic() - self._last >= 1:
+            self._log()
+
+    def add_tensors(self, count: int) -> None:
+        """Note tensors that are complete."""
+        self._tensors += count
+        if self._tensors == self._total_tensors:
+            self._log()
+
+    def _log(self) -> None:
+        self._last = time.monotonic()
+        left = (self._last - self._began) * (self._total_bytes - self._bytes) / max(self._bytes, 1)
+        log.info(
+            self._event,
+            done_tensors=self._tensors,
+            total_tensors=self._total_tensors,
+            done_mib=self._bytes >> 20,
+            total_mib=self._total_bytes >> 20,
+            seconds_left=round(left, 1),
+        )

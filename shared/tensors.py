@@ -20,11 +20,15 @@ def tensor_of(embedding: Embedding) -> torch.Tensor:
     return flat.view(embedding.info.token_count, embedding.info.hidden_size)
 
 
-def bytes_of(tensor: torch.Tensor) -> bytearray:
-    """Return the raw row-major bytes of a tensor; a buffer that may be written to, as `tensor_of` likes it."""
+def bytes_of(*pieces: torch.Tensor) -> memoryview:
+    """Return the raw row-major bytes of tensors [rows, hidden], one after another; may be written to.
+
+    A copy, made by torch and not by Python: of hundreds of MiB, Python's would hold up all threads of the process.
+    """
     import torch
 
-    return bytearray(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    rows = torch.cat([piece.detach().cpu() for piece in pieces]).contiguous()
+    return rows.view(torch.uint8).flatten().numpy().data
 
 
 def data_type_of(tensor: torch.Tensor) -> DataType:

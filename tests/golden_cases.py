@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = ("internvl3-8b-tiny", "internvl2_5-4b-tiny", "internvl2-1b-tiny")
+ALL_CHECKPOINTS = tuple(sorted(path.name for path in (GOLDEN / "checkpoints").iterdir()))
 
 # Cases in which the reference turns what a client typed into control tokens. Here typed text stays text, so prompt ids
 # and everything after them differ on purpose.
@@ -64,6 +65,12 @@ def turns(checkpoint: str) -> list[GoldenTurn]:
     """Return every case of a checkpoint that the reference answered, multi-turn and batch cases in their parts."""
     cases = json.loads((GOLDEN / "expected" / checkpoint / "cases.json").read_text())["cases"]
     return [turn for case in cases if not case["name"].startswith("err_") for turn in _turns_of(checkpoint, case)]
+
+
+def header(checkpoint: str) -> dict[str, Any]:
+    """Return what the reference says of a checkpoint as a whole: ids of control tokens, sizes, the template."""
+    cases = json.loads((GOLDEN / "expected" / checkpoint / "cases.json").read_text())
+    return {key: value for key, value in cases.items() if key != "cases"}
 
 
 def pieces_of(text: str, groups: list[tuple[GoldenImage, ...]]) -> list[str | tuple[GoldenImage, ...]]:

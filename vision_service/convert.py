@@ -1,5 +1,6 @@
 """Between protobuf messages and what the service works with."""
 
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -12,9 +13,14 @@ from shared.embedding import Embedding
 from shared.errors import InvalidRequest, MediaTooLarge
 from shared.rpc.messages import MESSAGE_OF_DATA_TYPE, duration_of
 from vision_service.encoder import CacheTier, Encoded
+from vision_service.preparer import MediaSpec
+from vision_service.preprocess.frames import DEFAULT_SEGMENTS, VideoSpec
 from vision_service.preprocess.tiling import TilingSpec
+from vision_service.settings import VisionSettings
 
 CHUNK_BYTES = 1 << 20
+_FRAME_TILES = 1  # of a frame, where a request does not say
+_VIDEO = "header.options.video"
 
 _TIERS: dict[CacheTier, embedding_pb2.CacheTier.ValueType] = {
     CacheTier.NONE: embedding_pb2.CACHE_TIER_NONE,
@@ -26,13 +32,15 @@ _TIERS: dict[CacheTier, embedding_pb2.CacheTier.ValueType] = {
 class EncodeStream:
     """The messages of one `Encode` call in their legal order: the header once, then chunks.
 
-    Reads no further than asked. Raises `InvalidRequest` on a message out of place and `MediaTooLarge` as soon as more
-    than `max_media_bytes` have come.
+    Reads no further than asked. Raises `InvalidRequest` on a message out of place.
     """
 
-    def __init__(self, messages: AsyncIterator[vision_service_pb2.EncodeRequest], max_media_bytes: int) -> None:
+    def __init__(self, messages: AsyncIterator[vision_service_pb2.EncodeRequest]) -> None:
         self._messages = messages
-        self._max_media_bytes = max_media_bytes
+
+    def upload(self, max_bytes: int) -> "ChunkedUpload":
+        """Return what comes after the header."""
+        return ChunkedUpload(self._messages, max_bytes)
 
     async def header(self) -> vision_service_pb2.EncodeHeader:
         """Return the header; to be called first."""
@@ -42,18 +50,36 @@ class EncodeStream:
             break
         raise InvalidRequest("The first message has to be the header.", field="header")
 
-    async def content(self) -> bytes | None:
-        """Return the medium's bytes, or None if no chunk follows the header."""
-        chunks: list[bytes] = []
-        size = 0
+
+class ChunkedUpload:
+    """The chunks of one `Encode` call; see `vision_service.encoder.Upload`."""
+
+    def __init__(self, messages: AsyncIterator[vision_service_pb2.EncodeRequest], max_bytes: int) -> None:
+        self._messages = messages
+        self._max_bytes = max_bytes
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    async def follows(self) -> bool:
+        """Return whether a chunk follows the header; raises `InvalidRequest` where something else does."""
         async for message in self._messages:
-            if message.WhichOneof("message") != "chunk":
-                raise InvalidRequest("After the header only chunks may follow.", field="chunk")
-            size += len(message.chunk)
-            if size > self._max_media_bytes:
-                raise MediaTooLarge(f"A picture may have at most {self._max_media_bytes} bytes.", field="chunk")
-            chunks.append(message.chunk)
-        return b"".join(chunks) if chunks else None
+            self._add(message)
+            break
+        return bool(self._chunks)
+
+    async def read(self) -> bytes:
+        """Return the medium's bytes; raises `MediaTooLarge` as soon as too many have come."""
+        async for message in self._messages:
+            self._add(message)
+        return b"".join(self._chunks)
+
+    def _add(self, message: vision_service_pb2.EncodeRequest) -> None:
+        if message.WhichOneof("message") != "chunk":
+            raise InvalidRequest("After the header only chunks may follow.", field="chunk")
+        self._size += len(message.chunk)
+        if self._size > self._max_bytes:
+            raise MediaTooLarge(f"The medium may have at most {self._max_bytes} bytes.", field="chunk")
+        self._chunks.append(message.chunk)
 
 
 def media_digest_of(header: vision_service_pb2.EncodeHeader) -> str:
@@ -61,13 +87,33 @@ def media_digest_of(header: vision_service_pb2.EncodeHeader) -> str:
     return checked_digest(header.media_digest, "header.media_digest")
 
 
-def spec_of(header: vision_service_pb2.EncodeHeader, default: TilingSpec, max_tiles_limit: int) -> TilingSpec:
-    """Return how the picture is to be cut, or raise `InvalidRequest`."""
+def spec_of(header: vision_service_pb2.EncodeHeader, default: TilingSpec, settings: VisionSettings) -> MediaSpec:
+    """Return how the medium is to be cut, or raise `InvalidRequest`."""
     options = header.options
+    most = settings.max_tiles_limit
     max_tiles = options.max_tiles if options.HasField("max_tiles") else None
-    if max_tiles is not None and not 1 <= max_tiles <= max_tiles_limit:
-        raise InvalidRequest(f"max_tiles has to be from 1 to {max_tiles_limit}.", field="header.options.max_tiles")
-    return default.adjusted(max_tiles, options.thumbnail if options.HasField("thumbnail") else None)
+    if max_tiles is not None and not 1 <= max_tiles <= most:
+        raise InvalidRequest(f"max_tiles has to be from 1 to {most}.", field="header.options.max_tiles")
+    thumbnail = options.thumbnail if options.HasField("thumbnail") else None
+    if not options.HasField("video"):
+        return MediaSpec(default.adjusted(max_tiles, thumbnail))
+    tiling = default.adjusted(_FRAME_TILES if max_tiles is None else max_tiles, thumbnail)
+    return MediaSpec(tiling, _video_spec_of(options.video, settings))
+
+
+def _video_spec_of(video: embedding_pb2.VideoOptions, settings: VisionSettings) -> VideoSpec:
+    most = settings.max_video_frames
+    count = video.segment_count if video.HasField("segment_count") else min(DEFAULT_SEGMENTS, most)
+    if not 1 <= count <= most:
+        raise InvalidRequest(f"segment_count has to be from 1 to {most}.", field=f"{_VIDEO}.segment_count")
+    start_s = video.start_seconds if video.HasField("start_seconds") else None
+    end_s = video.end_seconds if video.HasField("end_seconds") else None
+    for name, seconds in (("start_seconds", start_s), ("end_seconds", end_s)):
+        if seconds is not None and not math.isfinite(seconds):
+            raise InvalidRequest(f"{name} has to be a number.", field=f"{_VIDEO}.{name}")
+    if start_s is not None and end_s is not None and end_s < start_s:
+        raise InvalidRequest("end_seconds has to be at or after start_seconds.", field=f"{_VIDEO}.end_seconds")
+    return VideoSpec(count, start_s, end_s, settings.video_decoder)
 
 
 def encode_response(encoded: Encoded, source: str, ttl_s: int) -> vision_service_pb2.EncodeResponse:
@@ -83,6 +129,9 @@ def encode_response(encoded: Encoded, source: str, ttl_s: int) -> vision_service
         height=encoded.info.height,
         columns=encoded.info.columns,
         rows=encoded.info.rows,
+        frames=[
+            embedding_pb2.VideoFrame(index=frame.index, time_seconds=frame.time_s) for frame in encoded.info.frames
+        ],
     )
 
 
@@ -116,4 +165,5 @@ def _handle(encoded: Encoded, source: str, ttl_s: int) -> embedding_pb2.Embeddin
         data_type=MESSAGE_OF_DATA_TYPE[encoded.info.data_type],
         source=source,
         expire_time=Timestamp(seconds=int(time.time()) + ttl_s),
+        frame_count=encoded.info.frame_count,
     )

@@ -1,4 +1,4 @@
-"""Runs the vision tower on its one thread, and pictures' decoding on a few others.
+"""Runs each replica of the vision tower on a thread of its own, and pictures' decoding on a few others.
 
 This is the file where asyncio ends: `await` on one side, plain synchronous code on the other.
 """
@@ -48,15 +48,10 @@ class TowerIdentity:
 
 
 class ModelRunner:
-    """Owns the vision tower and the one thread that touches it.
+    """Owns one replica of the vision tower and the one thread that touches it. `load` is called on that thread."""
 
-    `load` is called on that thread. Pictures are cut into passes of at most `max_batch_tiles` tiles, which bounds the
-    memory of a pass whatever the number of tiles in a picture.
-    """
-
-    def __init__(self, load: Callable[[], LoadedTower], max_batch_tiles: int) -> None:
+    def __init__(self, load: Callable[[], LoadedTower]) -> None:
         self._load = load
-        self._max_batch_tiles = max_batch_tiles
         self._thread = WorkerPool(1, "model")
         self._loaded: LoadedTower | None = None
 
@@ -78,7 +73,7 @@ class ModelRunner:
         return self._loaded
 
     async def encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
-        """Return the visual tokens [tokens, hidden] of every picture, on the CPU."""
+        """Return the visual tokens [tokens, hidden] of every picture, on the CPU; all go through in one pass."""
         return await self._thread.run(self._encode, pictures)
 
     def close(self) -> None:
@@ -89,12 +84,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
-        tiles = torch.from_numpy(np.concatenate(pictures))
-        passes = [self._forward(part) for part in torch.split(tiles, self._max_batch_tiles)]
-        visual_tokens = torch.cat(passes)  # [tiles, tokens per tile, hidden]
+        tiles = torch.from_numpy(np.concatenate(pictures)).to(self.loaded.device)
+        visual_tokens = self.loaded.tower(tiles).cpu()  # [tiles, tokens per tile, hidden]
         parts = torch.split(visual_tokens, [len(picture) for picture in pictures])
         return [part.flatten(0, 1) for part in parts]
-
-    def _forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        visual_tokens: torch.Tensor = self.loaded.tower(tiles.to(self.loaded.device))
-        return visual_tokens.cpu()

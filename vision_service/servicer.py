@@ -21,11 +21,12 @@ class VisionServicer(vision_service_pb2_grpc.VisionServiceServicer):
 
     async def Encode(self, request_iterator: Any, context: Any) -> vision_service_pb2.EncodeResponse:
         """Return the handle of a medium's embedding."""
-        stream = convert.EncodeStream(request_iterator, self._settings.max_media_bytes)
+        stream = convert.EncodeStream(request_iterator)
         header = await stream.header()
         media_digest = convert.media_digest_of(header)
-        spec = convert.spec_of(header, self._default_spec, self._settings.max_tiles_limit)
-        encoded = await self._encoder.encode(media_digest, spec, stream.content)
+        spec = convert.spec_of(header, self._default_spec, self._settings)
+        max_bytes = self._settings.max_video_bytes if spec.video else self._settings.max_media_bytes
+        encoded = await self._encoder.encode(media_digest, spec, stream.upload(max_bytes))
         return convert.encode_response(encoded, self._source, self._settings.embedding_ttl_s)
 
     async def FetchEmbedding(

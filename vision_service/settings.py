@@ -3,26 +3,59 @@
 from pydantic import DirectoryPath, Field
 from pydantic_settings import SettingsConfigDict
 
+from shared.quantize import Quantization
 from shared.settings import DtypeName, EmbeddingStoreSettings, ServiceSettings
+from vision_service.preprocess.frames import DecoderName
+from vision_service.preprocess.tiling import Policy
 
 # Pillow itself warns above this many pixels and refuses twice as many; our limit has to be the tighter one.
 _PILLOW_MAX_PIXELS = 89_478_485
+_DEVICE = r"(cpu|cuda(:\d+)?)"
 
 
 class VisionSettings(ServiceSettings, EmbeddingStoreSettings):
     """What the vision service serves, on what, and how much of it at once."""
 
-    model_config = SettingsConfigDict(env_prefix="VISION_")
+    model_config = SettingsConfigDict(env_prefix="VISION_", cli_shortcuts={"devices": "device"})
 
     model: DirectoryPath = Field(description="checkpoint directory (config.json and safetensors)")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    devices: str = Field(
+        "auto",
+        pattern=rf"^(auto|{_DEVICE}(,{_DEVICE})*)$",
+        description="where the vision tower runs, once on each: cpu, cuda, or several as in cuda:0,cuda:1; auto is one",
+    )
     dtype: DtypeName = Field("auto", description="auto: float32 on a CPU, bfloat16 on a GPU")
+    quantization: Quantization = Field(
+        "none",
+        description="int8 and nf4 keep the matrices of the vision transformer in 8 and 4 bits, with bitsandbytes",
+    )
     threads: int = Field(0, ge=0, description="CPU threads that the model may use; 0: torch's choice")
     decode_threads: int = Field(2, ge=1, description="threads that decode pictures and cut tiles")
 
+    image_policy: Policy = Field(
+        "card", description="card: pictures as the model cards' code reads them; viewer: as a person sees them"
+    )
+
     max_media_bytes: int = Field(32 << 20, ge=1, description="largest picture, in bytes as uploaded")
-    max_pixels: int = Field(40_000_000, ge=1, le=_PILLOW_MAX_PIXELS, description="largest picture, in pixels")
+    max_pixels: int = Field(
+        40_000_000, ge=1, le=_PILLOW_MAX_PIXELS, description="largest picture or video frame, in pixels"
+    )
     max_tiles_limit: int = Field(40, ge=1, description="most tiles a request may ask for, without the thumbnail")
     max_batch_tiles: int = Field(16, ge=1, description="most tiles in one forward pass")
     max_queued_tiles: int = Field(512, ge=1, description="most tiles that wait for the vision tower")
     max_pending_pictures: int = Field(64, ge=1, description="most pictures held in memory on their way to an embedding")
+
+    video_decoder: DecoderName = Field(
+        "pyav", description="pyav: exact; decord: the model cards' choice, which returns wrong frames of some videos"
+    )
+    video_processes: int = Field(2, ge=1, description="videos that are decoded at a time, each in a process of its own")
+    video_timeout_s: float = Field(60.0, gt=0, description="seconds that the decoding of a video may take")
+    video_memory_bytes: int = Field(4 << 30, ge=1 << 29, description="address space of a process that decodes videos")
+    max_video_bytes: int = Field(128 << 20, ge=1, le=1 << 31, description="largest video, in bytes as uploaded")
+    max_video_frames: int = Field(64, ge=1, le=1024, description="most frames of a video that a request may ask for")
+    max_video_tiles: int = Field(
+        256, ge=1, le=4096, description="most tiles of all those frames together; fewer where no cache can keep so many"
+    )
+    max_clip_frames: int = Field(500_000, ge=1, description="most frames that a video may have, seen or not")
+    max_clip_s: float = Field(7200.0, gt=0, description="longest video, in seconds")
+    max_pending_videos: int = Field(4, ge=1, description="most videos held in memory on their way to an embedding")

@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal
 import typer
 from rich.console import Console
 
-from deploy.local.demo import DEFAULT_MODEL, of_drawn_pictures, of_picture, show
+from deploy.local.demo import DEFAULT_MODEL, NANO, of_drawn_pictures, of_picture, show
 from deploy.local.display import showing_progress
 from deploy.local.stack import LocalStack, StackError, StackOptions
 from internvl_client.cli import INSTALL_HINT, CommandFailure
@@ -26,7 +26,11 @@ _DEMO_CONFIG: Final = GenerationConfig(max_output_tokens=48)
 _NEEDED: Final = ("torch", "transformers", "safetensors", "redis", "PIL")
 
 _CHECKPOINT_HELP: Final = "Checkpoint directory: config.json, safetensors, tokenizer."
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+_DEVICE_HELP: Final = (
+    "auto, cpu, cuda or cuda:N; or GPUs that share the language model's layers, as in cuda:0,cuda:1: "
+    "the vision tower is on the first."
+)
+DeviceOption = Annotated[str, typer.Option(help=_DEVICE_HELP)]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: float32 on a CPU, bfloat16 on a GPU.")
 ]
@@ -46,6 +50,10 @@ def up(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the gateway listens.")] = "127.0.0.1:50051",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    critic: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Checkpoint of a critic (VisualPRM) that ranks candidates."),
+    ] = None,
     logs: LogsOption = None,
 ) -> None:
     """Run the whole system here, for any checkpoint, until Ctrl-C.
@@ -53,7 +61,7 @@ def up(
     Whatever else the services can be told goes through their environment variables: VISION_*, LLM_*, GATEWAY_*.
     """
     console = open_console()
-    options = StackOptions(model.resolve(), listen, device, dtype, logs)
+    options = StackOptions(model.resolve(), listen, device, dtype, logs, critic=critic.resolve() if critic else None)
     try:
         with _interrupted_by_signals(), _running(console, options) as system:
             note = RunningSystem(system.address, str(options.model), os.getpid())
@@ -67,7 +75,7 @@ def up(
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help=f"{_CHECKPOINT_HELP} Default: InternVL-nano."),
+        typer.Option(exists=True, file_okay=False, help=f"{_CHECKPOINT_HELP} Default: InternVL-nano, or a tiny one."),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Ask about this picture, not about drawn ones.")
@@ -88,8 +96,10 @@ def demo(
             directory = (model or DEFAULT_MODEL).resolve()
             stack.enter_context(_interrupted_by_signals())
             target = stack.enter_context(_running(console, StackOptions(directory))).address
+        if directory == DEFAULT_MODEL != NANO:
+            console.print("This model is tiny and its weights are random: expect nonsense. What counts is the way.")
         client = stack.enter_context(Client(target))
-        dialogues = of_picture(image) if image else of_drawn_pictures(answered=directory == DEFAULT_MODEL)
+        dialogues = of_picture(image) if image else of_drawn_pictures(answered=directory == NANO)
         show(console, client, ChatSession(console, _DEMO_CONFIG), dialogues)
 
 

@@ -10,10 +10,13 @@ from rich.console import Console
 
 from internvl_client.cli_commands import ChatSession
 from internvl_client.client import Client
-from internvl_client.types import Part
+from internvl_client.content import Part
 
 _REPOSITORY: Final = Path(__file__).parents[2]
-DEFAULT_MODEL: Final = _REPOSITORY / "examples/nano/internvl-nano"
+NANO: Final = _REPOSITORY / "examples/nano/internvl-nano"
+# Random weights: what is said is nonsense, the way it takes is the real one.
+_UNTRAINED: Final = _REPOSITORY / "tests/golden/checkpoints/internvl3-8b-tiny"
+DEFAULT_MODEL: Final = NANO if (NANO / "model.safetensors").is_file() else _UNTRAINED
 _PICTURES: Final = _REPOSITORY / "examples/nano/pictures"
 _QUESTIONS: Final = ("What is in the picture?", "Which colours do you see?")
 

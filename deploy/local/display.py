@@ -36,7 +36,7 @@ class _Lines:
         for state in states:
             if self._shown.get(state.name) != state.state:
                 self._shown[state.name] = state.state
-                self._console.print(f"  {state.name:<8} {state.state:<8} {state.seconds:5.1f} s")
+                self._console.print(f"  {state.name:<13} {state.state:<8} {state.seconds:5.1f} s")
 
 
 class _Board:

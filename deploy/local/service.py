@@ -51,7 +51,7 @@ class Service:
         """Return what it has loaded, from its log; None when it does not say."""
         for event in self._events():
             if event.get("event") == "model_loaded":
-                return LoadedModel(event["model"], event["device"], str(event["dtype"]).removeprefix("torch."))
+                return LoadedModel(event["model"], _devices(event), str(event["dtype"]).removeprefix("torch."))
         return None
 
     def loading_progress(self) -> str:
@@ -68,6 +68,12 @@ class Service:
                 event = json.loads(line)
                 events += [event] if isinstance(event, dict) else []
         return events
+
+
+def _devices(event: dict[str, Any]) -> str:
+    """Return the devices that a model was put on; an LLM service says how many layers each has, as in `cuda:0:14`."""
+    shares = str(event.get("layers", "")).split(",")
+    return str(event.get("device") or ",".join(share.rpartition(":")[0] for share in shares))
 
 
 def _says_ready(address: str) -> bool:

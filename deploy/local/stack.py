@@ -1,4 +1,4 @@
-"""The whole system as processes of one machine: Valkey, vision service, LLM service, gateway."""
+"""The whole system as processes of one machine: Valkey, vision service, LLM service, gateway, and maybe a critic."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class StackError(Exception):
 class StackOptions:
     """What to run. `logs` is the folder for log files; None makes one that goes away with the stack.
 
+    `device` may name several GPUs, as in cuda:0,cuda:1: they share the language model's layers, and the vision tower is
+    on the first.
+
+    `critic` is the checkpoint of a critic that ranks candidates; it gets a vision and an LLM service of its own.
     Anything else that a service can be told goes through its environment variables (`VISION_*`, `LLM_*`, `GATEWAY_*`).
     """
 
@@ -43,6 +47,7 @@ class StackOptions:
     logs: Path | None = None
     start_timeout_s: float = 900.0
     drain_grace_s: float = 5.0
+    critic: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,7 @@ class LocalStack:
 
     @property
     def processes(self) -> dict[str, ChildProcess]:
-        """The processes by name: valkey, vision, llm, gateway."""
+        """The processes by name: valkey, vision, llm, gateway, and critic-vision and critic-llm of a critic."""
         return {part.name: part.process for part in self._parts}
 
     @property
@@ -123,7 +128,7 @@ class LocalStack:
         return self.service("llm").loaded_model()
 
     def service(self, name: str) -> Service:
-        """Return the vision service, the LLM service or the gateway."""
+        """Return a part by its name, Valkey excepted."""
         return next(part.service for part in self._parts if part.name == name and part.service)
 
     def start(self, report: Report = lambda states: None) -> None:
@@ -169,21 +174,27 @@ class LocalStack:
             raise self._failure(str(error)) from None
         self._parts.append(_Part("valkey", valkey.process))
         key = secrets.token_hex(32)
-        stages = [self._stage(name, valkey, key) for name in ("vision", "llm")]
+        models = {"": self._options.model} | ({"critic-": self._options.critic} if self._options.critic else {})
+        stages = {
+            f"{prefix}{stage}": self._stage(prefix, stage, model, valkey, key)
+            for prefix, model in models.items()
+            for stage in ("vision", "llm")
+        }
         # The gateway only has to know where the stages listen; it waits for their models by itself.
-        self._wait_until(lambda states: all(stage.address for stage in stages), report, deadline)
-        vision, llm = (stage.address for stage in stages)
-        flags = ["--listen", self._options.listen, "--vision-target", str(vision), "--llm-target", str(llm)]
+        self._wait_until(lambda states: all(stage.address for stage in stages.values()), report, deadline)
+        flags = ["--listen", self._options.listen]
+        for name, stage in stages.items():
+            flags += [f"--{name}-target", str(stage.address)]
         self._add("gateway", "gateway", flags, {"GATEWAY_REDIS_URL": valkey.url(1)})
         self._wait_until(lambda states: all(state.state == "ready" for state in states), report, deadline)
 
-    def _stage(self, name: str, valkey: LocalValkey, key: str) -> Service:
+    def _stage(self, prefix: str, stage: str, model: Path, valkey: LocalValkey, key: str) -> Service:
         # Secrets go by environment: flags can be read by every user of the machine.
-        prefix = name.upper()
-        environment = {f"{prefix}_REDIS_URL": valkey.url(0), f"{prefix}_EMBEDDING_KEY": key}
-        flags = ["--model", str(self._options.model.resolve()), "--listen", "127.0.0.1:0"]
-        flags += ["--device", self._options.device, "--dtype", self._options.dtype]
-        return self._add(name, f"{name}_service", flags, environment)
+        variables = stage.upper()
+        environment = {f"{variables}_REDIS_URL": valkey.url(0), f"{variables}_EMBEDDING_KEY": key}
+        flags = ["--model", str(model.resolve()), "--listen", "127.0.0.1:0", "--dtype", self._options.dtype]
+        flags += device_flags(stage, self._options.device)
+        return self._add(f"{prefix}{stage}", f"{stage}_service", flags, environment)
 
     def _add(self, name: str, module: str, flags: list[str], environment: dict[str, str]) -> Service:
         flags += ["--drain-grace-s", str(self._options.drain_grace_s), "--log-format", "json"]
@@ -211,6 +222,16 @@ class LocalStack:
     def _failure(self, message: str, log_lines: Sequence[str] = ()) -> StackError:
         self._failed = True
         return StackError(f"{message}; logs are in {self.directory}", log_lines)
+
+
+def device_flags(stage: str, device: str) -> list[str]:
+    """Return what tells a vision or an LLM service where it runs.
+
+    The vision tower gets the first device, or the only one, and the language model leaves room for it there.
+    """
+    if stage == "vision":
+        return ["--device", device.partition(",")[0]]
+    return ["--device", device, "--vit-shares-first-device"]
 
 
 def _ending(exit_code: int) -> str:

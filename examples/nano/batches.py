@@ -30,6 +30,7 @@ Floats = npt.NDArray[np.float32]
 NO_TARGET: Final = -100
 PADDING: Final = -1
 TRUNK: Final = 0
+_COLLAGE_INTERVAL: Final = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +63,8 @@ class Batch:
 class Recipe:
     """What batches are made of.
 
-    The first `seeing_steps` are collages without any words; of what follows, the first `easy_situations` are drawn less
-    and less often from the easy world.
+    The first `seeing_steps` are collages without any words, and later every `_COLLAGE_INTERVAL`th is. Of the situations
+    the first `easy_situations` are drawn less and less often from the easy world.
     """
 
     directory: Path
@@ -97,9 +98,12 @@ class BatchMaker:
 
     def batch(self, step: int) -> Batch:
         """Return batch `step`; the same number always gives the same batch."""
-        if step < self.recipe.seeing_steps:
+        seeing, later = self.recipe.seeing_steps, step - self.recipe.seeing_steps
+        if later < 0:
             return self._collages(step)
-        count, first = self.recipe.situations_per_batch, step - self.recipe.seeing_steps
+        if seeing and later % _COLLAGE_INTERVAL == _COLLAGE_INTERVAL - 1:
+            return self._collages(seeing + later // _COLLAGE_INTERVAL)
+        count, first = self.recipe.situations_per_batch, later - (later // _COLLAGE_INTERVAL if seeing else 0)
         indices = range(first * count, (first + 1) * count)
         return self.batch_of([situation(self.recipe.seed, index, self.recipe.config_of(index)) for index in indices])
 

@@ -98,7 +98,10 @@ def _card(training: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         iou=measured["grounding_mean_iou"],
         required_iou=REQUIRED_IOU,
         weak=_weak(measured),
-        **{name: training[name] for name in ("situations", "answers", "steps", "hours", "machine", "shape", "seeing", "easy")},
+        **{
+            name: training[name]
+            for name in ("situations", "answers", "steps", "hours", "machine", "shape", "seeing", "easy")
+        },
         training_seed=training["seed"],
     )
 
@@ -154,12 +157,12 @@ something wrong, in the same few words. Its world has no people, so it has learn
 
 ## How it was trained
 
-{situations:,} situations (pictures with several dialogues about each), {answers:,} answers, {steps:,} steps, of which
-the first {seeing:,} were on crowded pictures without any words; {hours:.1f} hours on {machine}. All along, a layer that is
-not part of the model read from the visual tokens what each patch shows, which only a drawn world can tell. Again, from the
-repository's root:
+{steps:,} steps on {situations:,} situations (pictures with several dialogues about each) with {answers:,} answers. The
+first {seeing:,} steps were on crowded pictures without any words, and so was every fourth step later. All along a layer
+that is not part of the model read from the visual tokens what each patch shows, which only a drawn world can tell. It
+took {hours:.1f} hours on {machine}. Again, from the repository's root:
 
-    python -m examples.nano.train --shape {shape} --seed {training_seed} --hours {hours:.1f} --seeing {seeing} --easy {easy}
+    python -m examples.nano.train --shape {shape} --seed {training_seed} --steps {steps} --seeing {seeing} --easy {easy}
 
 ![Learning curve](learning-curve.png)
 

@@ -59,17 +59,20 @@ class Run:
         with BatchSource(self._recipe, progress.step, num_workers) as source:
             batches = iter(source)
             while progress.fraction(plan) < 1 and not self.stop_requested:
-                self._take(self._trainer.step(next(batches)))
+                batch = next(batches)
+                loss = self._trainer.step(batch)
+                self._take(loss if batch.situations else None)
         if not self.stop_requested:
             self._measure()
         self._trainer.save(self._state)
 
-    def _take(self, loss: float) -> None:
-        """Note a step's loss, and say, measure and save what is due."""
+    def _take(self, loss: float | None) -> None:
+        """Note a step's loss, None where nothing was said, and say, measure and save what is due."""
         now = time.monotonic()
         progress = self._trainer.progress
         progress.seconds = self._seconds_before + now - self._began
-        self._loss = loss if progress.step < 2 else 0.98 * self._loss + 0.02 * loss
+        if loss is not None:
+            self._loss = 0.98 * self._loss + 0.02 * loss if self._loss else loss
         if now - self._last_line >= self._reporting.line_s:
             self._last_line = now
             print(self._line(), flush=True)
@@ -152,8 +155,8 @@ def _trainer(chosen: argparse.Namespace, device: torch.device) -> Trainer:
         f"tokenizer={tokenizer}"
     )
     plan = Plan(
-        situations=chosen.samples,
-        seconds=None if chosen.samples else 3600 * chosen.hours,
+        steps=chosen.steps,
+        seconds=None if chosen.steps else 3600 * chosen.hours,
         learning_rate=chosen.learning_rate,
     )
     model = Nano.of(read_config(chosen.out), chosen.seed)
@@ -239,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--hours", type=float, default=10.0, help="train this long (default 10), earlier runs included")
-    length.add_argument("--samples", type=int, help="train on this many situations instead")
+    length.add_argument("--steps", type=int, help="train this many steps instead; the same everywhere, however fast")
     add("--out", type=Path, default=DEFAULT_OUT, help="checkpoint directory to write")
     add("--state", type=Path, default=DEFAULT_STATE, help="file that --resume goes on from")
     add("--resume", action="store_true", help="go on from the state file")

@@ -23,14 +23,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how fast to learn. Either `situations` or `seconds` says when training ends."""
+    """How long and how fast to learn. Either `steps` or `seconds` says when training ends."""
 
-    situations: int | None
+    steps: int | None
     seconds: float | None
     learning_rate: float = 2e-3
     matrix_share: float = 2.0  # of the learning rate, for the matrices that Muon steps
     guide_share: float = 0.5  # of the guide's loss
-    seeing_rate: float = 2.0  # times the learning rate while only pictures are seen
+    seeing_rate: float = 2.0  # times the learning rate before the first words
     falling_part: float = 0.3  # of the training, at its end: the rate stays until then, and falls to zero
     warm_up_steps: int = 100
     weight_decay: float = 0.05
@@ -51,8 +51,8 @@ class Progress:
 
     def fraction(self, plan: Plan) -> float:
         """Return how much of the plan is done, from 0 to 1."""
-        if plan.situations is not None:
-            return min(1.0, self.situations / plan.situations)
+        if plan.steps is not None:
+            return min(1.0, self.step / plan.steps)
         assert plan.seconds is not None
         return min(1.0, self.seconds / plan.seconds)
 
@@ -84,7 +84,7 @@ class Trainer:
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 rate = self._learning_rate() * group["share"]
-                group["lr"] = rate if batch.situations else rate * self.plan.seeing_rate
+                group["lr"] = rate if batch.situations or self.progress.situations else rate * self.plan.seeing_rate
         loss, seeing = self._losses(tensors_of(batch, self._device), has_answers=bool(batch.situations))
         (loss + self.plan.guide_share * seeing).backward()  # type: ignore[no-untyped-call]
         self.seeing_loss = float(seeing.detach())

@@ -5,9 +5,11 @@ outputs of each step back in one call to the loop.
 """
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Protocol
@@ -17,12 +19,20 @@ import structlog
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.model_runner import SampledToken
 from llm_service.engine.scheduler import ScheduledTokens, Scheduler
-from llm_service.engine.sequence import EngineRequest, Sequence, TokenOutput
-from shared.errors import InternalError, PromptTooLong
+from llm_service.engine.sequence import (
+    EngineRequest,
+    Failure,
+    Output,
+    ProbeOutput,
+    Sequence,
+    TokenOutput,
+    candidates_of,
+)
+from shared.errors import InternalError, PromptTooLong, ServiceError
 from shared.rpc.deadline import request_id
 
 log = structlog.get_logger()
-_Delivery = tuple[Sequence, TokenOutput | Exception]
+_Delivery = tuple[Sequence, Output]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +61,16 @@ class Engine(Protocol):
     def max_tokens(self) -> int:
         """Most tokens that one sequence, prompt and output, may have."""
 
-    def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput]:
-        """Yield the output tokens as they come. Closing the iterator aborts the sequence and frees its blocks.
+    def generate(self, request: EngineRequest, ended: AbstractSet[int] = frozenset()) -> AsyncGenerator[TokenOutput]:
+        """Yield the output tokens as they come. Closing the iterator aborts all candidates and frees their blocks.
 
-        Raises `PromptTooLong` where the prompt leaves no room for a token, and `InternalError` where this sequence's
-        computation failed.
+        A candidate that the caller adds to `ended` after its first token is aborted; the others go on, even if it
+        fails meanwhile. Raises `PromptTooLong` where the prompt leaves no room for a token, `InternalError` where the
+        computation of one of the request's own sequences failed, and what its constraint raises.
         """
+
+    async def probe(self, request: EngineRequest) -> ProbeOutput:
+        """Read the prompt and return what the request's probe finds in it; nothing is generated. Raises likewise."""
 
     def stats(self) -> EngineStats:
         """Return the state after the last step."""
@@ -66,7 +80,10 @@ class StepRunner(Protocol):
     """Computes one step; `ModelRunner` is the real one."""
 
     def step(self, batch: list[ScheduledTokens]) -> list[SampledToken]:
-        """Return one token per entry that `completes`, in order. May raise anything."""
+        """Return one token per sequence in the entries' `sampled`, in order; fill in `probed`. May raise anything."""
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block of the KV cache."""
 
 
 class PagedEngine:
@@ -75,11 +92,11 @@ class PagedEngine:
     def __init__(self, runner: StepRunner, blocks: BlockManager, limits: EngineLimits) -> None:
         self._runner = runner
         self._blocks = blocks
-        self._scheduler = Scheduler(blocks, limits.max_sequences, limits.max_batch_tokens)
+        self._scheduler = Scheduler(blocks, limits.max_sequences, limits.max_batch_tokens, runner.copy_block)
         self._max_tokens = min(limits.max_tokens, blocks.num_blocks * blocks.block_size)
         self._broken = False
         self._on_broken: Callable[[], object] = lambda: None
-        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -99,28 +116,59 @@ class PagedEngine:
         self._post(lambda: setattr(self, "_stopping", True))
         self._thread.join(timeout=10)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenOutput]:
+    async def generate(
+        self, request: EngineRequest, ended: AbstractSet[int] = frozenset()
+    ) -> AsyncGenerator[TokenOutput]:
         """Yield the output tokens; see `Engine`."""
-        request = self._checked(request)
-        outputs: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
-        seq = Sequence(request, outputs.put_nowait, time.monotonic(), request_id())
-        self._post(lambda: self._scheduler.add(seq))
+        family, outputs = self._submit(request)
+        running = dict(enumerate(family))
         try:
-            while True:
+            while running:
                 output = await outputs.get()
-                if isinstance(output, Exception):
-                    raise output
-                yield output
-                if output.finish_reason is not None:
-                    return
+                assert not isinstance(output, ProbeOutput)
+                if output.candidate in running:  # not one that was on its way when its candidate was ended
+                    if isinstance(output, Failure):
+                        raise output.error
+                    yield output
+                    if output.finish_reason is not None:
+                        del running[output.candidate]
+                for candidate in ended & running.keys():
+                    self._abort(running.pop(candidate))
         finally:
-            self._post(lambda: self._scheduler.remove(seq))  # the abort; nothing, if it has finished
+            self._abort(*family)
+
+    async def probe(self, request: EngineRequest) -> ProbeOutput:
+        """Return what the request's probe finds; see `Engine`."""
+        family, outputs = self._submit(request)
+        try:
+            output = await outputs.get()
+        finally:
+            self._abort(*family)
+        if isinstance(output, Failure):
+            raise output.error
+        assert isinstance(output, ProbeOutput)
+        return output
 
     def stats(self) -> EngineStats:
         """Return the state after the last step."""
         return EngineStats(
             len(self._scheduler.running), len(self._scheduler.waiting), self._blocks.num_free, self._blocks.num_blocks
         )
+
+    def _submit(self, request: EngineRequest) -> tuple[tuple[Sequence, ...], asyncio.Queue[Output]]:
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        family = candidates_of(self._checked(request), outputs.put_nowait, time.monotonic(), request_id())
+        self._post(lambda: self._scheduler.add(family[0]))
+        return family, outputs
+
+    def _abort(self, *family: Sequence) -> None:
+        """Forget sequences; nothing, where they have finished."""
+
+        def remove() -> None:
+            for seq in family:
+                self._scheduler.remove(seq)
+
+        self._post(remove)
 
     def _checked(self, request: EngineRequest) -> EngineRequest:
         """Return the request with its output limited to what the context leaves, or raise what `generate` says."""
@@ -135,7 +183,7 @@ class PagedEngine:
         max_output_tokens = min(request.params.max_output_tokens, room)
         return replace(request, params=replace(request.params, max_output_tokens=max_output_tokens))
 
-    def _post(self, command: Callable[[], None]) -> None:
+    def _post(self, command: Callable[[], object]) -> None:
         self._commands.put(command)
 
     # Below: model thread.
@@ -176,37 +224,57 @@ class PagedEngine:
             if len(batch) > 1:
                 log.warning("step_failed", error=type(error).__name__, sequences=len(batch))
                 return [delivery for tokens in batch for delivery in self._compute([tokens])]
+            if isinstance(error, ServiceError):  # what the request asks for, not the model, is at fault
+                return [self._fail(batch[0].seq, error)]
             log.exception("sequence_failed", request_id=batch[0].seq.request_id)
             return [self._fail(batch[0].seq)]
 
     def _advance(self, batch: list[ScheduledTokens], sampled: list[SampledToken]) -> list[_Delivery]:
-        completed = [tokens.seq for tokens in batch if tokens.completes]
+        chosen = [seq for tokens in batch for seq in tokens.sampled]
+        probed = [tokens.seq for tokens in batch if tokens.seq.request.probe and tokens.completes]
         for tokens in batch:
             tokens.seq.num_computed += tokens.count
-        return [self._append(seq, token) for seq, token in zip(completed, sampled, strict=True)]
+        for seq in chosen:
+            if seq.forks:
+                self._scheduler.fork(seq)
+        appended = [self._append(seq, token) for seq, token in zip(chosen, sampled, strict=True)]
+        return [*appended, *map(self._probed, probed)]
 
     def _append(self, seq: Sequence, sampled: SampledToken) -> _Delivery:
         if sampled.token_id is None:
-            log.error("sequence_failed", request_id=seq.request_id, cause="logits are not numbers")
-            return self._fail(seq)
+            return self._fail_without_numbers(seq)
         seq.token_ids.append(sampled.token_id)
+        if seq.constraint is not None:
+            seq.constraint.accept(sampled.token_id)
         reason = seq.finish_reason()
-        timing = self._first_token_timing(seq) if seq.first_token_time is None else {}
+        queue_s, prefill_s = self._first_token_timing(seq) if seq.first_token_time is None else (None, None)
         if reason is not None:
             self._scheduler.remove(seq)
-        return seq, TokenOutput(sampled.token_id, reason, sampled.top_logprobs, **timing)
+        return seq, TokenOutput(
+            sampled.token_id, reason, sampled.top_logprobs, queue_s, prefill_s, sampled.logprob, seq.candidate
+        )
 
-    def _fail(self, seq: Sequence) -> _Delivery:
+    def _probed(self, seq: Sequence) -> _Delivery:
+        assert seq.request.probe is not None
+        found = tuple(seq.probed[position] for position in seq.request.probe.positions)
+        if not all(math.isfinite(probability) for row in found for probability in row):
+            return self._fail_without_numbers(seq)
         self._scheduler.remove(seq)
-        return seq, InternalError("The language model failed on this request.")
+        return seq, ProbeOutput(found)
 
-    def _first_token_timing(self, seq: Sequence) -> dict[str, float]:
-        assert seq.start_time is not None
+    def _fail(self, seq: Sequence, error: ServiceError | None = None) -> _Delivery:
+        self._scheduler.remove(seq)
+        return seq, Failure(error or InternalError("The language model failed on this request."), seq.candidate)
+
+    def _fail_without_numbers(self, seq: Sequence) -> _Delivery:
+        log.error("sequence_failed", request_id=seq.request_id, cause="logits are not numbers")
+        return self._fail(seq)
+
+    def _first_token_timing(self, seq: Sequence) -> tuple[float, float]:
+        start_time = seq.family[0].start_time
+        assert start_time is not None  # the first candidate has read the prompt for all
         seq.first_token_time = time.monotonic()
-        return {
-            "queue_s": seq.start_time - seq.arrival_time,
-            "prefill_s": seq.first_token_time - seq.start_time,
-        }
+        return start_time - seq.arrival_time, seq.first_token_time - start_time
 
     def _deliver(self, deliveries: list[_Delivery]) -> None:
         def put_all() -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from llm_service.engine.sampler import sample, top_logprobs
+from llm_service.engine.sampler import Logprobs, logprobs_of, probe, sample
 from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import Sequence
 from llm_service.model.attention import BatchLayout, KVCache, Span
@@ -14,10 +14,11 @@ from llm_service.model.rope import Rope
 
 
 class SampledToken(NamedTuple):
-    """A row's token, None where the logits were not numbers, and the row's best log-probabilities if asked for."""
+    """A sequence's token, None where the logits were not numbers, and its log-probabilities where asked for."""
 
     token_id: int | None
-    top_logprobs: tuple[tuple[int, float], ...]
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 class ModelRunner:
@@ -30,21 +31,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def step(self, batch: Rows[ScheduledTokens]) -> list[SampledToken]:
-        """Compute the batch; return one sampled token per entry that `completes`, in order."""
+        """Compute the batch; return a token per sequence in the entries' `sampled`, in order. Fills in `probed`."""
         hidden = self._forward(batch)
         ends = torch.tensor([tokens.count for tokens in batch]).cumsum(0) - 1
-        rows = [index for index, tokens in enumerate(batch) if tokens.completes]
+        rows = [index for index, tokens in enumerate(batch) for _ in tokens.sampled]
+        self._probe(batch, hidden)
         if not rows:
             return []
+        # A row per sequence, even where several read the same prompt: sampling writes into them.
         logits = self._decoder.logits(hidden[ends[rows].to(hidden.device)])
-        seqs = [batch[row].seq for row in rows]
-        logprobs = [top_logprobs(logits[row], seq.request.params.top_logprobs) for row, seq in enumerate(seqs)]
-        return [SampledToken(*pair) for pair in zip(sample(logits, seqs), logprobs, strict=True)]
+        return _sampled(logits, [seq for tokens in batch for seq in tokens.sampled])
+
+    @torch.inference_mode()
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in every layer."""
+        self._cache.copy_block(source, target)
 
     @torch.inference_mode()
     def prompt_logits(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         """Compute the batch; return float32 logits [tokens, vocab] of every position. For scoring and tests."""
         return self._decoder.logits(self._forward(batch))
+
+    def _probe(self, batch: Rows[ScheduledTokens], hidden: torch.Tensor) -> None:
+        """Note what probes find in the tokens of this batch."""
+        row = 0
+        for tokens in batch:
+            if asked := tokens.seq.request.probe:
+                first = tokens.seq.num_computed
+                here = [position for position in asked.positions if first <= position < first + tokens.count]
+                if here:
+                    logits = self._decoder.logits(hidden[[row + position - first for position in here]])
+                    tokens.seq.probed |= zip(here, probe(logits, asked), strict=True)
+            row += tokens.count
 
     def _forward(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         device = self._decoder.device
@@ -53,9 +71,12 @@ class ModelRunner:
         # neither chunks nor a recomputation change anything.
         prompts = _concatenated([[len(t.seq.request.prompt.ids)] * t.count for t in batch])
         lengths = torch.maximum(prompts, positions + 1)
+        rotary = positions
+        if any(t.seq.request.positions is not None for t in batch):
+            rotary, lengths = _variable_positions(batch, positions, lengths)
         hidden: torch.Tensor = self._decoder(
             self._input_embeddings(batch),
-            positions.to(device),
+            rotary.to(device),
             lengths.to(device),
             self._layout(batch, positions),
             self._cache,
@@ -94,6 +115,42 @@ def splice_embeddings(hidden: torch.Tensor, seq: Sequence, start: int) -> None:
         if first < last:
             rows = embedding[first - placeholder.start : last - placeholder.start]
             hidden[first - start : last - start] = rows.to(hidden.device, hidden.dtype)
+
+
+def _sampled(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[SampledToken]:
+    """Return a token per row of `logits` [rows, vocab]. Log-probabilities are of the logits before sampling."""
+    asking = [row for row, seq in enumerate(seqs) if seq.request.params.top_logprobs is not None]
+    scores = logits[asking].log_softmax(dim=-1) if asking else None
+    tokens = sample(logits, seqs)
+    if scores is None:
+        return list(map(SampledToken, tokens))
+    counts = [seqs[row].request.params.top_logprobs or 0 for row in asking]
+    found: dict[int, Logprobs] = dict(
+        zip(asking, logprobs_of(scores, [tokens[row] or 0 for row in asking], counts), strict=True)
+    )
+    return [
+        SampledToken(token, found[row].chosen, found[row].top) if row in found else SampledToken(token)
+        for row, token in enumerate(tokens)
+    ]
+
+
+def _variable_positions(
+    batch: Rows[ScheduledTokens], indices: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 positions [tokens] and lengths [tokens] where sequences bring positions of their own.
+
+    Behind its prompt such a sequence goes on by one a token, and its rope is never stretched: its length counts as 1.
+    """
+    positions, lengths = indices.to(torch.float32), lengths.clone()
+    row = 0
+    for tokens in batch:
+        end = row + tokens.count
+        if (own := tokens.seq.request.positions) is not None:
+            behind = (indices[row:end] - (len(own) - 1)).clamp(min=0)
+            positions[row:end] = own[indices[row:end].clamp(max=len(own) - 1)] + behind
+            lengths[row:end] = 1
+        row = end
+    return positions, lengths
 
 
 def _concatenated(parts: Rows[Rows[int]]) -> torch.Tensor:

@@ -1,23 +1,36 @@
-"""Chooses tokens from logits. Order of the steps: repetition penalty, temperature, top-k, top-p, min-p."""
+"""Chooses tokens from logits.
+
+Order of the steps: constraint, repetition penalty, temperature, top-k, top-p, min-p.
+"""
 
 import math
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
 
-from llm_service.engine.sequence import SamplingParams, Sequence
+from llm_service.engine.sequence import Probe, SamplingParams, Sequence, mixed
 
-_MASK = (1 << 64) - 1
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """A row's chosen token's log-probability and the likeliest tokens with theirs, likeliest first."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
 
 
 def sample(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[int | None]:
     """Return a token per row of `logits`, float32 [rows, vocab]; None where the row holds NaN. Changes `logits`.
 
     What is drawn depends on the sequence's seed and on how much it has said: neither neighbours nor a repeated step
-    change it.
+    change it. Raises what a constraint raises.
     """
     for row, seq in enumerate(seqs):
-        penalise(logits[row], seq.output_ids, seq.request.params.repetition_penalty)
+        if seq.constraint is not None:
+            logits[row].masked_fill_(~seq.constraint.allowed().to(logits.device), -torch.inf)
+        if seq.request.params.repetition_penalty != 1.0:
+            penalise(logits[row], seq.output_ids, seq.request.params.repetition_penalty)
     best = logits.max(dim=-1)
     values, tokens = best.values.tolist(), best.indices.tolist()
     return [
@@ -49,12 +62,19 @@ def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return scores.softmax(dim=-1)
 
 
-def top_logprobs(logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """Return the `count` most likely tokens of a row [vocab] with their log-probabilities, best first."""
-    if not count:
-        return ()
-    best = logits.log_softmax(dim=-1).topk(min(count, logits.shape[-1]))
-    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+def logprobs_of(scores: torch.Tensor, tokens: Rows[int], counts: Rows[int]) -> list[Logprobs]:
+    """Return, per row of log-probabilities [rows, vocab], its token's and those of its `count` likeliest tokens."""
+    chosen = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    best = scores.topk(min(max(counts), scores.shape[-1]))
+    return [
+        Logprobs(own, tuple(zip(ids[:count], values[:count], strict=True)))
+        for own, ids, values, count in zip(chosen, best.indices.tolist(), best.values.tolist(), counts, strict=True)
+    ]
+
+
+def probe(logits: torch.Tensor, asked: Probe) -> list[tuple[float, ...]]:
+    """Return, per row of logits [rows, vocab], the probabilities of the probe's tokens among themselves."""
+    return [tuple(row) for row in logits[:, list(asked.token_ids)].softmax(dim=-1).tolist()]
 
 
 def _keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -68,13 +88,5 @@ def _keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
 def _draw(logits: torch.Tensor, seq: Sequence) -> int:
     if seq.generator is None:
         seq.generator = torch.Generator(logits.device)
-    seq.generator.manual_seed(_mixed(seq.seed, len(seq.output_ids)))
+    seq.generator.manual_seed(mixed(seq.seed, seq.num_output))
     return int(torch.multinomial(probabilities(logits, seq.request.params), 1, generator=seq.generator))
-
-
-def _mixed(seed: int, index: int) -> int:
-    """Return 64 well-mixed bits for the `index`-th draw of a seed (the finaliser of SplitMix64)."""
-    state = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)

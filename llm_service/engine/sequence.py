@@ -4,10 +4,13 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import torch
 
 from llm_service.prompt.splice import PromptTokens
+
+_MASK = (1 << 64) - 1
 
 
 class FinishReason(Enum):
@@ -15,11 +18,28 @@ class FinishReason(Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # never the engine's: whoever reads the text sees the calls
+
+
+class Constraint(Protocol):
+    """What an answer may say, followed token by token. One sequence's own; model thread only."""
+
+    def copy(self) -> "Constraint":
+        """Return another that stands where this one stands."""
+
+    def allowed(self) -> torch.Tensor:
+        """Return which tokens may come next, bool [vocabulary] on the CPU. Repeatable; raises a `ServiceError`."""
+
+    def accept(self, token_id: int) -> None:
+        """Move past a token that was allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen; see `GenerationConfig` in the protos for the meaning and range of each."""
+    """How tokens are chosen; see `GenerationConfig` in the protos for the meaning and range of each.
+
+    `top_logprobs` None computes no log-probabilities; a number, zero included, tells the chosen token's as well.
+    """
 
     max_output_tokens: int
     temperature: float = 0.0
@@ -29,7 +49,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
-    top_logprobs: int = 0
+    top_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -38,44 +58,89 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Asks how likely `token_ids` are, among themselves, after the prompt's tokens at `positions` (ascending)."""
+
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """A prompt with its embeddings, one tensor [length, hidden] per placeholder, in the model's dtype, on the CPU.
 
-    `generated` are output tokens that are already known: decoding goes on behind them.
+    `generated` are output tokens that are already known: decoding goes on behind them. `num_candidates` answers come
+    of one reading of the prompt. `positions`, float32 [prompt tokens] on the CPU, are where the prompt's tokens stand
+    for the rotary embedding, which is then never stretched; None: 0, 1, 2 and so on.
     """
 
     prompt: PromptTokens
     embeddings: tuple[torch.Tensor, ...]
     params: SamplingParams
     generated: tuple[int, ...] = ()
+    num_candidates: int = 1
+    constraint: Constraint | None = None
+    positions: torch.Tensor | None = None
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """One generated token. `finish_reason` is set on the last; `queue_s` and `prefill_s` on the first."""
+    """One generated token. `finish_reason` is set on a candidate's last; `queue_s` and `prefill_s` on its first.
+
+    `logprob` and `top_logprobs`, likeliest first, are natural logarithms of the model's own probabilities: before
+    penalty, constraint, temperature and truncation. None and empty where they were not asked for.
+    """
 
     token_id: int
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     queue_s: float | None = None
     prefill_s: float | None = None
+    logprob: float | None = None
+    candidate: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOutput:
+    """What a probe found: at each of its positions, the probabilities of its tokens among themselves."""
+
+    probabilities: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A candidate came to nothing."""
+
+    error: Exception
+    candidate: int = 0
+
+
+Output = TokenOutput | ProbeOutput | Failure
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The engine's own state of a request. Belongs to the model thread, but for `deliver`, which is thread-safe.
+    """The engine's own state of a request's candidate. Belongs to the model thread, but for `deliver`.
 
     The first `num_computed` of `token_ids` have their keys and values in the cache, in the blocks of `block_table`.
+    `forks` are the other candidates, for as long as they wait for this one to read the prompt; `family` are all
+    candidates, this one included.
     """
 
     request: EngineRequest
-    deliver: Callable[[TokenOutput | Exception], None]
+    deliver: Callable[[Output], None]
     arrival_time: float
     request_id: str = ""
+    candidate: int = 0
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     seed: int = field(init=False)
+    constraint: Constraint | None = field(init=False)
+    forks: list["Sequence"] = field(default_factory=list)
+    family: tuple["Sequence", ...] = ()
+    probed: dict[int, tuple[float, ...]] = field(default_factory=dict)
     generator: torch.Generator | None = None
     start_time: float | None = None
     first_token_time: float | None = None
@@ -83,7 +148,13 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt.ids, *self.request.generated]
         seed = self.request.params.seed
-        self.seed = secrets.randbits(64) if seed is None else seed
+        self.seed = _candidate_seed(secrets.randbits(64) if seed is None else seed, self.candidate)
+        self.constraint = self.request.constraint.copy() if self.request.constraint else None
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt.ids)
 
     @property
     def num_pending(self) -> int:
@@ -91,9 +162,14 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_output(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
     def output_ids(self) -> list[int]:
         """The generated tokens."""
-        return self.token_ids[len(self.request.prompt.ids) :]
+        return self.token_ids[self.num_prompt :]
 
     @property
     def is_decoding(self) -> bool:
@@ -105,6 +181,32 @@ class Sequence:
         params = self.request.params
         if self.token_ids[-1] in params.stop_token_ids:
             return FinishReason.STOP
-        if len(self.output_ids) - len(self.request.generated) >= params.max_output_tokens:
+        if self.num_output - len(self.request.generated) >= params.max_output_tokens:
             return FinishReason.LENGTH
         return None
+
+
+def candidates_of(
+    request: EngineRequest, deliver: Callable[[Output], None], arrival_time: float, request_id: str = ""
+) -> tuple[Sequence, ...]:
+    """Return a request's sequences; the first reads the prompt, and the others wait in its `forks`."""
+    family = tuple(
+        Sequence(request, deliver, arrival_time, request_id, candidate) for candidate in range(request.num_candidates)
+    )
+    for seq in family:
+        seq.family = family
+    family[0].forks = list(family[1:])
+    return family
+
+
+def mixed(seed: int, index: int) -> int:
+    """Return 64 well-mixed bits for the `index`-th use of a seed (the finaliser of SplitMix64)."""
+    state = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
+
+
+def _candidate_seed(seed: int, candidate: int) -> int:
+    """Return the seed of a candidate's draws. The first candidate is what the request is without any others."""
+    return mixed(~seed & _MASK, candidate) if candidate else seed

@@ -1,6 +1,7 @@
 """The paged KV cache and attention over it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -28,15 +29,35 @@ class BatchLayout:
     spans: tuple[Span, ...]
     slots: torch.Tensor
 
+    def to(self, device: torch.device) -> "BatchLayout":
+        """Return the layout on a device: itself, where it is there."""
+        if self.slots.device == device:
+            return self
+        # All block tables in one copy.
+        tables = torch.cat([span.blocks for span in self.spans]).to(device)
+        parts = torch.split(tables, [len(span.blocks) for span in self.spans])
+        spans = tuple(replace(span, blocks=blocks) for span, blocks in zip(self.spans, parts, strict=True))
+        return BatchLayout(spans, self.slots.to(device))
+
 
 class KVCache:
-    """Keys and values of every layer, [layers, 2, blocks, block_size, kv_heads, head_dim]."""
+    """Keys and values of every layer, [2, blocks, block_size, kv_heads, head_dim] each.
+
+    They are on one device, or on that of each layer.
+    """
 
     def __init__(
-        self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | Sequence[torch.device],
     ) -> None:
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self._data = torch.empty(shape, dtype=dtype, device=device)
+        shape = (2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        devices = (device,) * config.num_layers if isinstance(device, torch.device) else device
+        self._data = [torch.empty(shape, dtype=dtype, device=place) for place in devices]
+        assert len(self._data) == config.num_layers
         self.num_blocks = num_blocks
         self.block_size = block_size
 
@@ -55,6 +76,11 @@ class KVCache:
         """Return a sequence's keys and values so far, [length, kv_heads, head_dim] each."""
         keys, values = self._data[layer].index_select(1, span.blocks).flatten(1, 2)
         return keys[: span.length], values[: span.length]
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in every layer."""
+        for layer in self._data:
+            layer[:, target] = layer[:, source]
 
 
 def paged_attention(

@@ -4,6 +4,10 @@ It works on flat batches, [tokens, hidden], of any mix of prompts and single tok
 together. Projections that read the same input are fused.
 """
 
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain, groupby
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -36,7 +40,7 @@ class Attention(nn.Module):
         self._config = config
         self._layer = layer
         self.qkv = _linear(config.hidden_size, sum(config.qkv_rows), bias=config.qkv_bias)
-        self.out = _linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.out = _linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
 
     def forward(
         self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: BatchLayout, cache: KVCache
@@ -57,8 +61,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up = _linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down = _linear(config.intermediate_size, config.hidden_size)
+        self.gate_up = _linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = _linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply to [tokens, hidden]."""
@@ -80,10 +84,15 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: BatchLayout, cache: KVCache
     ) -> torch.Tensor:
-        """Apply to [tokens, hidden]."""
+        """Apply to [tokens, hidden], on the layer's device."""
         hidden = hidden + self.attention(self.attention_norm(hidden), rotation, layout, cache)
         added: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden))
         return added
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's weights are."""
+        return self.attention_norm.weight.device
 
 
 class Decoder(nn.Module):
@@ -92,7 +101,10 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Made from an empty table: the constructor's own draws random rows, and on the meta device that imports seconds
+        # of modules.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding.from_pretrained(table)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = _linear(config.hidden_size, config.vocab_size)
@@ -105,8 +117,27 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where steps begin and end: the device of embeddings, norm and head."""
         return self.head.weight.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        return sum(weight.nbytes for weight in chain(self.parameters(), self.buffers()))
+
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...]:
+        """Where each layer's weights are."""
+        return tuple(layer.device for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
+
+    @cached_property
+    def _runs(self) -> Sequence[tuple[torch.device, Sequence[DecoderLayer]]]:
+        """The layers in order, in runs that are on one device."""
+        return [(device, list(layers)) for device, layers in groupby(self._layers, lambda layer: layer.device)]
 
     def forward(
         self,
@@ -122,9 +153,11 @@ class Decoder(nn.Module):
         `positions` and `lengths` are int64 [tokens]: each token's position, and its sequence's length after this batch.
         """
         cos, sin = rope.rotation(positions, lengths)
-        rotation = (cos.to(hidden.dtype), sin.to(hidden.dtype))
-        for layer in self.layers:
-            hidden = layer(hidden, rotation, layout, cache)
+        cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
+        for device, layers in self._runs:
+            hidden, rotation, placed = hidden.to(device), (cos.to(device), sin.to(device)), layout.to(device)
+            for layer in layers:
+                hidden = layer(hidden, rotation, placed, cache)
         normed: torch.Tensor = self.norm(hidden)
         return normed
 

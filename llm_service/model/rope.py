@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split form, with dynamic NTK scaling per sequence."""
+"""Rotary position embedding, half-split form: plain, dynamic NTK, and the long rope of Phi-3."""
 
 import torch
 
@@ -9,14 +9,17 @@ class Rope:
     """Gives cos and sin for positions. Each sequence's own length decides its frequencies, whatever else is batched.
 
     Dynamic NTK: up to `max_positions` plain rope; beyond, base' = base * (f * n / max - (f - 1)) ** (d / (d - 2)) for
-    the current length n. Keys that are already cached stay as they were rotated.
+    the current length n. Long rope: short factors up to `original_max_positions`, beyond it long ones. Keys that are
+    already cached stay as they were rotated.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
         self._config = config
         self._head_dim = head_dim
         self._device = device
-        self._plain = self._frequencies(config.theta)
+        self._short = self._frequencies(config.theta, config.short_factors)
+        self._amplitude = config.amplitude
+        self._long = self._frequencies(config.theta, config.long_factors)
 
     def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, float32 [tokens, head_dim].
@@ -25,25 +28,35 @@ class Rope:
         """
         angles = positions.to(torch.float32)[:, None] * self._frequencies_for(lengths)
         both_halves = torch.cat((angles, angles), dim=-1)
-        return both_halves.cos(), both_halves.sin()
+        return both_halves.cos() * self._amplitude, both_halves.sin() * self._amplitude
 
     def _frequencies_for(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return inverse frequencies, [head_dim / 2] where all sequences are short, else [tokens, head_dim / 2]."""
-        if self._config.kind != "dynamic" or int(lengths.max()) <= self._config.max_positions:
-            return self._plain
-        rows = {length: self._stretched(length) for length in set(lengths.tolist())}
+        if self._config.kind == "default" or int(lengths.max()) <= self._limit:
+            return self._short
+        rows = {length: self._for_length(length) for length in set(lengths.tolist())}
         return torch.stack([rows[int(length)] for length in lengths])
 
-    def _stretched(self, length: int) -> torch.Tensor:
+    @property
+    def _limit(self) -> int:
+        """The longest sequence that is rotated as a short one."""
+        return self._config.max_positions if self._config.kind == "dynamic" else self._config.original_max_positions
+
+    def _for_length(self, length: int) -> torch.Tensor:
+        if length <= self._limit:
+            return self._short
+        if self._config.kind == "longrope":
+            return self._long
         limit, factor = self._config.max_positions, self._config.factor
-        if length <= limit:
-            return self._plain
         exponent = self._head_dim / (self._head_dim - 2)
         return self._frequencies(self._config.theta * ((factor * length / limit) - (factor - 1)) ** exponent)
 
-    def _frequencies(self, base: float) -> torch.Tensor:
+    def _frequencies(self, base: float, factors: tuple[float, ...] = ()) -> torch.Tensor:
         steps = torch.arange(0, self._head_dim, 2, dtype=torch.int64, device=self._device).to(torch.float32)
-        return 1.0 / (base ** (steps / self._head_dim))
+        stretched = base ** (steps / self._head_dim)
+        if factors:
+            stretched = torch.tensor(factors, dtype=torch.float32, device=self._device) * stretched
+        return 1.0 / stretched
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

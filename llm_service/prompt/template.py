@@ -7,8 +7,21 @@ Only a template writes control tokens, and only a visual segment makes a placeho
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Final
 
-from llm_service.prompt.dialogue import Dialogue, EmbeddingRef, Role, TextSegment, Turn
+from llm_service.prompt import tools
+from llm_service.prompt.dialogue import (
+    Dialogue,
+    EmbeddingRef,
+    EmbeddingSlice,
+    Role,
+    Segment,
+    TextSegment,
+    ToolCallSegment,
+    Turn,
+    VisualSegment,
+)
 
 IMG_START, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
@@ -30,17 +43,32 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """The positions that an embedding's visual tokens will take."""
+    """The positions that visual tokens will take: rows `offset` to `offset + length` of an embedding."""
 
     ref: EmbeddingRef
+    offset: int
+    length: int
+
+    @classmethod
+    def of(cls, run: EmbeddingSlice) -> "Placeholder":
+        """Return the place of some rows of an embedding."""
+        return cls(run.ref, run.offset, run.length)
 
 
-Piece = Control | Text | Placeholder
+@dataclass(frozen=True, slots=True)
+class AnswerStart:
+    """Where a turn of the model's begins, behind its prefix. Takes no position."""
+
+
+Piece = Control | Text | Placeholder | AnswerStart
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Prefixes and separator as the reference writes them; `stop_token` ends an answer."""
+    """Prefixes and separator as the reference writes them; `stop_token` ends an answer.
+
+    `has_tool_form` says that models with this template know tools in Qwen2.5's form, if their tokenizer has its tokens.
+    """
 
     system_prefix: str
     user_prefix: str
@@ -48,6 +76,7 @@ class Template:
     separator: str
     stop_token: str
     system_message: str
+    has_tool_form: bool = False
 
     def with_system_message(self, system_message: str | None) -> "Template":
         """Return the template with another default system message; None changes nothing."""
@@ -56,23 +85,52 @@ class Template:
     def render(self, dialogue: Dialogue) -> list[Piece]:
         """Return the prompt up to where the answer begins."""
         system = self.system_message if dialogue.system_message is None else dialogue.system_message
-        pieces = [*_trusted(self.system_prefix), Text(system), *_trusted(self.separator)]
-        for turn in dialogue.turns:
-            pieces += self._render_turn(turn)
-        return [*pieces, *_trusted(self.assistant_prefix)]
+        said = Text(system + tools.introduction(dialogue.tools))
+        pieces = [*_trusted(self.system_prefix), said, *_trusted(self.separator)]
+        for role, turns in groupby(dialogue.turns, key=lambda turn: turn.role):
+            if role is Role.TOOL:
+                pieces += self._render_results(turns)
+            else:
+                for turn in turns:
+                    pieces += self._render_turn(turn, markup=role is Role.ASSISTANT or dialogue.grounding)
+        return [*pieces, *_trusted(self.assistant_prefix), AnswerStart()]
 
-    def _render_turn(self, turn: Turn) -> Iterator[Piece]:
-        yield from _trusted(self.user_prefix if turn.role is Role.USER else self.assistant_prefix)
+    def _render_turn(self, turn: Turn, *, markup: bool) -> Iterator[Piece]:
+        if turn.role is Role.USER:
+            yield from _trusted(self.user_prefix)
+        else:
+            yield from _trusted(self.assistant_prefix)
+            yield AnswerStart()
         if turn.is_empty:
             return  # as in the reference: an empty message contributes its prefix only
         for segment in turn.segments:
-            if isinstance(segment, TextSegment):
-                yield Text(segment.text, markup=turn.role is Role.ASSISTANT)
-            else:
-                yield Control(IMG_START)
-                yield from map(Placeholder, segment.embeddings)
-                yield Control(IMG_END)
+            yield from _render_segment(segment, markup=markup)
+        calls = [tools.written_call(segment) for segment in turn.segments if isinstance(segment, ToolCallSegment)]
+        if calls:
+            text_before = any(isinstance(segment, TextSegment) and segment.text for segment in turn.segments)
+            yield Text("\n" * text_before + "\n".join(calls), markup)
         yield from _trusted(self.separator)
+
+    def _render_results(self, turns: Iterator[Turn]) -> Iterator[Piece]:
+        """Write the results of one answer's calls as one user turn."""
+        texts = (
+            "".join(segment.text for segment in turn.segments if isinstance(segment, TextSegment)) for turn in turns
+        )
+        yield from _trusted(self.user_prefix)
+        yield Text("\n".join(map(tools.written_result, texts)))
+        yield from _trusted(self.separator)
+
+
+def _render_segment(segment: Segment, *, markup: bool) -> Iterator[Piece]:
+    match segment:
+        case TextSegment(text):
+            yield Text(text, markup)
+        case VisualSegment():
+            yield Control(IMG_START)
+            yield from map(Placeholder.of, segment.slices)
+            yield Control(IMG_END)
+        case ToolCallSegment():
+            pass  # calls end a turn, wherever in it they stand
 
 
 _SYSTEM_V2 = (
@@ -107,10 +165,17 @@ TEMPLATES: Mapping[str, Template] = {
         stop_token="<|end|>",  # noqa: S106  a token of the vocabulary, no secret
         system_message=_SYSTEM_V2,
     ),
-    "internvl2_5": _chatml("<|im_end|>\n", _SYSTEM_V2_5),
+    "internvl2_5": replace(_chatml("<|im_end|>\n", _SYSTEM_V2_5), has_tool_form=True),
 }
 
 _CONTROL = re.compile(r"(<\|[a-z_]+\|>)")
+# Every control token that a template writes; a tokenizer lets none of them come out of text, whatever its files say.
+CHAT_TOKENS: Final = frozenset(
+    token
+    for template in TEMPLATES.values()
+    for part in (template.system_prefix, template.user_prefix, template.assistant_prefix, template.separator)
+    for token in _CONTROL.findall(part)
+)
 
 
 def _trusted(text: str) -> list[Piece]:

@@ -14,6 +14,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.gateway.v1 import (
+    batch_service_pb2,
+    batch_service_pb2_grpc,
     chat_service_pb2,
     chat_service_pb2_grpc,
     content_pb2,
@@ -30,8 +32,12 @@ class FakeGateway(
     chat_service_pb2_grpc.ChatServiceServicer,
     conversation_service_pb2_grpc.ConversationServiceServicer,
     media_service_pb2_grpc.MediaServiceServicer,
+    batch_service_pb2_grpc.BatchServiceServicer,
 ):
-    """Holds media by digest, refuses chats that name others, and answers the rest with `answer`."""
+    """Holds media by digest, refuses chats that name others, and answers the rest with `answer`.
+
+    A batch has `results`; each stream of them breaks off after the next count of `breaks`, if there is one.
+    """
 
     def __init__(self) -> None:
         self.address = ""
@@ -41,6 +47,10 @@ class FakeGateway(
         self.uploads: list[list[int]] = []
         self.asked: list[list[str]] = []
         self.cancelled = threading.Event()
+        self.batches: list[batch_service_pb2.CreateBatchRequest] = []
+        self.results: list[batch_service_pb2.BatchResult] = []
+        self.breaks: list[int] = []
+        self.ended: list[str] = []
         self.conversations: dict[str, conversation_service_pb2.CreateConversationRequest] = {}
         self.answer: Callable[[chat_service_pb2.ChatRequest, grpc.ServicerContext], Responses] = (
             lambda request, context: answer_of("It ", "is a cat.")
@@ -99,6 +109,29 @@ class FakeGateway(
         del self.conversations[request.conversation_id]
         return conversation_service_pb2.DeleteConversationResponse()
 
+    def CreateBatch(self, request: Any, context: Any) -> batch_service_pb2.CreateBatchResponse:
+        self.batches.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        return batch_service_pb2.CreateBatchResponse(batch=self._batch())
+
+    def GetBatch(self, request: Any, context: Any) -> batch_service_pb2.GetBatchResponse:
+        return batch_service_pb2.GetBatchResponse(batch=self._batch())
+
+    def CancelBatch(self, request: Any, context: Any) -> batch_service_pb2.CancelBatchResponse:
+        self.ended.append(request.batch_id)
+        return batch_service_pb2.CancelBatchResponse(batch=self._batch())
+
+    def StreamResults(self, request: Any, context: Any) -> Iterator[batch_service_pb2.StreamResultsResponse]:
+        count = self.breaks.pop(0) if self.breaks else None
+        for result in self.results[:count]:
+            yield batch_service_pb2.StreamResultsResponse(result=result)
+        if count is not None:
+            refuse(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY")
+
+    def _batch(self) -> batch_service_pb2.Batch:
+        state = batch_service_pb2.BATCH_STATE_CANCELLED if self.ended else batch_service_pb2.BATCH_STATE_RUNNING
+        return batch_service_pb2.Batch(batch_id="b0", state=state, item_count=len(self.results), succeeded_count=1)
+
     def _conversation(self, identity: str) -> conversation_service_pb2.Conversation:
         created = self.conversations[identity]
         return conversation_service_pb2.Conversation(
@@ -115,6 +148,7 @@ def serving(gateway: FakeGateway) -> Iterator[FakeGateway]:
     chat_service_pb2_grpc.add_ChatServiceServicer_to_server(gateway, server)
     conversation_service_pb2_grpc.add_ConversationServiceServicer_to_server(gateway, server)
     media_service_pb2_grpc.add_MediaServiceServicer_to_server(gateway, server)
+    batch_service_pb2_grpc.add_BatchServiceServicer_to_server(gateway, server)
     server.start()
     try:
         yield gateway
@@ -142,6 +176,36 @@ def answer_of(*pieces: str, token_ids: bool = False) -> Responses:
             ],
         )
     )
+
+
+def candidates_of(*texts: str, best: int = 0) -> Responses:
+    """The events of an answer with several candidates, which come side by side."""
+    yield from list(answer_of())[:1]
+    for half in (0, 1):
+        for index, text in enumerate(texts):
+            middle = len(text) // 2
+            logprob = generation_pb2.TokenLogprob(token_id=index, token=b"x", logprob=-1.0)
+            delta = chat_service_pb2.ChatDelta(
+                text=text[middle:] if half else text[:middle],
+                token_ids=[index],
+                candidate_index=index,
+                logprobs=[logprob],
+            )
+            yield chat_service_pb2.ChatResponse(delta=delta)
+    ended = [
+        chat_service_pb2.Candidate(
+            finish_reason=generation_pb2.FINISH_REASON_LENGTH,
+            output_token_count=2,
+            step_scores=[0.25, 0.5],
+            score=1 - abs(index - best) / 4,
+            tool_calls=[generation_pb2.ToolCall(name=text, arguments_json='{"x": 1}', tool_call_id=f"call_{index}")],
+        )
+        for index, text in enumerate(texts)
+    ]
+    finished = chat_service_pb2.ChatFinished(
+        finish_reason=generation_pb2.FINISH_REASON_LENGTH, candidates=ended, best_candidate_index=best
+    )
+    yield chat_service_pb2.ChatResponse(finished=finished)
 
 
 def endless(gateway: FakeGateway, context: grpc.ServicerContext) -> Responses:

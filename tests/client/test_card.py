@@ -4,10 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvl_client import Image, ImageGroup, Message, Part, messages_from_card, parts_from_card
+from internvl_client import (
+    Image,
+    ImageGroup,
+    Message,
+    Part,
+    Video,
+    batch_from_card,
+    messages_from_card,
+    parts_from_card,
+)
 
-TAG = "<image>"
+TAG, VIDEO = "<image>", "<video>"
 A, B, C = (Image.from_bytes(name) for name in (b"a", b"b", b"c"))
+V, W = (Video.from_bytes(name, num_segments=2) for name in (b"v", b"w"))
 
 
 def rendered(parts: tuple[Part, ...]) -> str:
@@ -32,8 +42,6 @@ def rendered(parts: tuple[Part, ...]) -> str:
         (f"Look at this: {TAG}", [A], [1], ("Look at this: ", A)),
         (f"{TAG}\nBoth?", [A, B], None, (ImageGroup.of(A, B), "\nBoth?")),
         (f"Image-1: {TAG}\nImage-2: {TAG}\nBoth?", [A, B], [1, 4], ("Image-1: ", A, "\nImage-2: ", B, "\nBoth?")),
-        (f"{TAG}\nThe tag {TAG} is text.", [A], [1], (A, f"\nThe tag {TAG} is text.")),
-        (f"{TAG}\nNo pictures.", [], None, (f"{TAG}\nNo pictures.",)),
         ("", [A], None, (A, "\n")),
         ("", [], None, ()),
     ],
@@ -42,6 +50,58 @@ def test_parts_are_those_of_the_card(
     question: str, images: list[Image], num_patches_list: list[int] | None, parts: tuple[Part, ...]
 ) -> None:
     assert parts_from_card(question, images, num_patches_list) == parts
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "num_patches_list", "parts"),
+    [
+        (f"{TAG}\nThe tag {TAG} is text.", [A], [1], (A, f"\nThe tag {TAG} is text.")),
+        (f"{TAG}\nNo pictures.", [], None, (f"{TAG}\nNo pictures.",)),
+        (f"{VIDEO}\nNo video. {TAG} one", [A], None, (f"{VIDEO}\nNo video. ", A, " one")),
+    ],
+)
+def test_tags_that_are_left_over_are_text_where_that_is_wished(
+    question: str, images: list[Image], num_patches_list: list[int] | None, parts: tuple[Part, ...]
+) -> None:
+    assert parts_from_card(question, images, num_patches_list, literal_tags=True) == parts
+    with pytest.raises(ValueError, match="literal_tags"):
+        parts_from_card(question, images, num_patches_list)
+
+
+@pytest.mark.parametrize(
+    ("question", "media", "num_patches_list", "parts"),
+    [
+        (f"{VIDEO}\nWhat?", [V], None, (V, "\nWhat?")),
+        ("What?", [V], None, (V, "\nWhat?")),
+        (f"{VIDEO}\nor\n{VIDEO}", [V, W], None, (V, "\nor\n", W)),
+        (f"{TAG}\n{VIDEO}\nSame?", [A, V], None, (A, "\n", V, "\nSame?")),
+        (f"{VIDEO}\n{TAG} and {TAG}\nSame?", [A, V, B], [1, 1], (V, "\n", A, " and ", B, "\nSame?")),
+        ("Same?", [A, V], None, (A, "\n", V, "\nSame?")),
+    ],
+)
+def test_videos_stand_at_their_own_tags(
+    question: str, media: list[Image | Video], num_patches_list: list[int] | None, parts: tuple[Part, ...]
+) -> None:
+    assert parts_from_card(question, media, num_patches_list) == parts
+
+
+def test_videos_and_tags_are_equally_many() -> None:
+    with pytest.raises(ValueError, match="2 videos to place but 1 <video>"):
+        parts_from_card(f"{VIDEO}\nWhat?", [V, W])
+    with pytest.raises(ValueError, match="2 <video> tags but 1 videos"):
+        parts_from_card(f"{VIDEO}\n{VIDEO}\nWhat?", [V])
+    with pytest.raises(ValueError, match="1 <video> tags but 0 videos"):
+        parts_from_card(f"{VIDEO}\n{TAG}\nWhat?", [A])
+
+
+def test_a_batch_has_a_picture_or_none_for_each_question() -> None:
+    assert batch_from_card(["What?", f"Look: {TAG} so?", "Hi"], [A, B, None]) == [
+        (A, "\nWhat?"),
+        ("Look: ", B, " so?"),
+        ("Hi",),
+    ]
+    with pytest.raises(ValueError, match="2 questions for 1 pictures"):
+        batch_from_card(["a", "b"], [A])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +144,7 @@ def test_rendering_the_parts_gives_back_the_tagged_text(texts: list[str], data: 
     num_images = data.draw(st.integers(0, min(3, tagged.count(TAG))))
     images = [A, B, C][:num_images]
     try:
-        parts = parts_from_card(tagged, images, [1] * num_images)
+        parts = parts_from_card(tagged, images, [1] * num_images, literal_tags=True)
     except ValueError as error:
         assert "white space" in str(error)  # noqa: PT017  refused is right only for what the parts cannot say
         assert_a_tag_lacks_white_space(tagged, num_images)

@@ -25,12 +25,23 @@ from internvl_client import (
     Message,
     NotFoundError,
     OverloadedError,
+    RankingMethod,
     Role,
     ServerError,
     Started,
+    Tool,
     UnavailableError,
+    Video,
 )
-from tests.client.fake_gateway import FakeGateway, answer_of, digests_of, endless, refuse, resource_info
+from tests.client.fake_gateway import (
+    FakeGateway,
+    answer_of,
+    candidates_of,
+    digests_of,
+    endless,
+    refuse,
+    resource_info,
+)
 
 SMALL = Image.from_bytes(b"small", max_tiles=2, thumbnail=False)
 LARGE = Image.from_bytes(os.urandom(300 << 10))
@@ -81,6 +92,42 @@ def test_a_request_carries_exactly_what_was_given(gateway: FakeGateway, client: 
     assert (config.max_output_tokens, config.temperature, config.top_k) == (5, 0.0, 7)
     assert (list(config.stop_sequences), request.return_token_ids) == (["a", "b"], True)
     assert (config.HasField("temperature"), config.HasField("top_p")) == (True, False)
+
+
+def test_the_best_candidate_is_the_answer(gateway: FakeGateway, client: Client) -> None:
+    gateway.answer = lambda request, context: candidates_of("first", "second", "third", best=1)
+    answer = client.ask("Hi", candidate_count=3, top_logprobs=0)
+    assert (answer.text, answer.token_ids, answer.best_index) == ("second", (1, 1), 1)
+    assert [candidate.text for candidate in answer.candidates] == ["first", "second", "third"]
+    assert answer.candidates[2].step_scores == (0.25, 0.5)
+    assert [(each.token_id, each.token, each.logprob) for each in answer.logprobs] == [(1, b"x", -1.0)] * 2
+    config = gateway.chats[0].generation_config
+    assert (config.candidate_count, config.HasField("top_logprobs"), config.top_logprobs) == (3, True, 0)
+
+
+def test_an_answer_goes_on_as_a_message_with_its_calls(gateway: FakeGateway, client: Client) -> None:
+    gateway.answer = lambda request, context: candidates_of("add")
+    answer = client.ask("Hi", tools=[Tool("add", parameters={"type": "object"})], max_total_tiles=9)
+    assert [(call.name, call.arguments, call.tool_call_id) for call in answer.tool_calls] == [
+        ("add", {"x": 1}, "call_0")
+    ]
+    client.ask("Hi", answer.message, Message.tool("3"), ranking_method=RankingMethod.CRITIC)
+    first, second = gateway.chats
+    assert (first.tools[0].name, first.tools[0].parameters_json_schema) == ("add", '{"type": "object"}')
+    assert (first.max_total_tiles, second.HasField("max_total_tiles")) == (9, False)
+    assert (first.ranking_method, second.ranking_method) == (0, 2)
+    assert [message.role for message in second.messages] == [1, 2, 3]
+    assert [part.WhichOneof("content") for part in second.messages[1].parts] == ["text", "tool_call"]
+    assert client.create_conversation().ask(Message.tool("4")).text == "add"
+    assert [message.role for message in gateway.chats[2].messages] == [3]
+
+
+def test_a_large_video_is_uploaded_as_a_picture_is(gateway: FakeGateway, client: Client) -> None:
+    clip = Video.from_bytes(os.urandom(300 << 10), num_segments=4)
+    client.create_conversation().ask(clip, "What?")
+    gateway.media.clear()
+    client.ask(clip, "What?")
+    assert gateway.uploads == [[300 << 10]] * 2
 
 
 def test_the_request_id_is_sent_and_drawn_when_absent(gateway: FakeGateway, client: Client) -> None:

@@ -12,7 +12,10 @@ from redis import Redis
 
 from deploy.local import LocalStack, StackError, StackOptions
 from deploy.local.process import ChildProcess
+from deploy.local.stack import device_flags
 from deploy.local.valkey import LocalValkey
+from llm_service.settings import LlmSettings
+from vision_service.settings import VisionSettings
 
 PYTHON = sys.executable
 STUBBORN = "from signal import *; import time; signal(SIGTERM, SIG_IGN); print('deaf', flush=True); time.sleep(60)"
@@ -32,6 +35,18 @@ def until(condition: Callable[[], object]) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def test_the_vision_tower_and_the_language_model_share_the_first_device() -> None:
+    shared = "--vit-shares-first-device"
+    for device, first in (("auto", "auto"), ("cpu", "cpu"), ("cuda:1", "cuda:1"), ("cuda:0,cuda:1", "cuda:0")):
+        vision, llm = (device_flags(stage, device) for stage in ("vision", "llm"))
+        assert (vision, llm) == (["--device", first], ["--device", device, shared])
+        # The services themselves understand it.
+        common = ["--model", ".", "--listen", "127.0.0.1:0"]
+        assert VisionSettings.from_command_line("vision", [*common, *vision]).devices == first
+        read = LlmSettings.from_command_line("llm", [*common, *llm])
+        assert (read.devices, read.vit_shares_first_device) == (device, True)
 
 
 def is_running(pid: int) -> bool:

@@ -76,6 +76,12 @@ def test_up_then_chat_then_ctrl_c_leaves_nothing(environment: dict[str, str], tm
         runs = [internvl(environment, "demo").stdout for _ in range(2)]
         # Fifteen pictures are read in ten turns; ten of them differ.
         assert [run.count("no encode") for run in runs] == [5, 15]
+        # A dialogue's pictures are encoded for its first question and for no other.
+        for turns in (dialogue.split("\n> ")[1:] for dialogue in runs[0].split("\n\n[")[1:]):
+            assert [("cached from now on" in turn, "no encode" in turn) for turn in turns] == [
+                (True, False),
+                *[(False, True)] * (len(turns) - 1),
+            ]
         parts = children(system)
         assert len(parts) == 4
         system.send_signal(signal.SIGINT)
@@ -87,7 +93,7 @@ def test_up_then_chat_then_ctrl_c_leaves_nothing(environment: dict[str, str], tm
 def test_demo_starts_what_it_needs_and_shows_a_hit_on_the_second_turn(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    demo = internvl(environment, "demo")
+    demo = internvl(environment, "demo", "--image", PICTURE)
     assert (demo.returncode, demo.stderr) == (0, "")
     first, second = demo.stdout.split("> Which colours do you see?")
     assert "cached from now on" in first

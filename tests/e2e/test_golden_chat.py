@@ -52,7 +52,11 @@ def ids(answer: Answer) -> tuple[list[int], list[int]]:
 def test_a_chat_gives_the_reference_ids(checkpoint: str, name: str, golden_client: Client) -> None:
     case = find_case(checkpoint, name)
     messages = messages_from_card(
-        case["question"], images_of(checkpoint, case), case["num_patches_list"], case["history_in"]
+        case["question"],
+        images_of(checkpoint, case),
+        case["num_patches_list"],
+        case["history_in"],
+        literal_tags=True,
     )
     answer = golden_client.ask(
         *messages, system_message=case.get("system_message"), config=config_of(case), return_token_ids=True
@@ -70,7 +74,9 @@ def test_turns_without_a_kept_conversation_give_the_reference_ids(
     case = find_case(checkpoint, name)
     images = images_of(checkpoint, case)
     for turn in case["turns"]:
-        messages = messages_from_card(turn["question"], images, case["num_patches_list"], turn["history_in"])
+        messages = messages_from_card(
+            turn["question"], images, case["num_patches_list"], turn["history_in"], literal_tags=True
+        )
         answer = golden_client.ask(*messages, config=config_of(case), return_token_ids=True)
         assert ids(answer) == (turn["input_ids"], turn["output_ids"])
 
@@ -82,7 +88,10 @@ def test_turns_of_a_kept_conversation_give_the_reference_ids(checkpoint: str, na
     conversation = golden_client.create_conversation()
     for number, turn in enumerate(case["turns"]):
         parts = parts_from_card(
-            turn["question"], images if number == 0 else [], case["num_patches_list"] if number == 0 else None
+            turn["question"],
+            images if number == 0 else [],
+            case["num_patches_list"] if number == 0 else None,
+            literal_tags=True,
         )
         answer = conversation.ask(*parts, config=config_of(case), return_token_ids=True)
         assert ids(answer) == (turn["input_ids"], turn["output_ids"])

@@ -4,7 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -29,6 +29,7 @@ from gateway.events import (
     GenerateRequest,
     Started,
     Transfer,
+    VideoFrame,
 )
 from gateway.media import LocalMediaCache, MediaLibrary, MediaStore, RedisMediaStore, StoredMedium
 from gateway.prompt import EmbeddingHandle, VisualSegment
@@ -68,7 +69,9 @@ def embedding_digest(medium: Medium) -> str:
 
 
 def embedded(medium: Medium, tier: CacheTier) -> Encoded:
-    return Encoded(EmbeddingHandle(embedding_digest(medium), 1, 256, b""), tier)
+    video = medium.options.video
+    frames = tuple(VideoFrame(index, index / 10) for index in range((video.segment_count or 8) if video else 0))
+    return Encoded(EmbeddingHandle(embedding_digest(medium), 1, 256, b"", len(frames)), tier, frames=frames)
 
 
 class FakeVision:
@@ -142,7 +145,7 @@ class FakeLlm:
                     self.waiting.set()
                     await step.wait()
                 elif isinstance(step, Generated) and not step.transfers:
-                    yield Generated(step.finish_reason, transfers=transfers_of(request))
+                    yield replace(step, transfers=transfers_of(request))
                 else:
                     yield step
         finally:

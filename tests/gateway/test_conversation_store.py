@@ -3,12 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from redis.asyncio import Redis
 
-from gateway.content import MediaPart, Medium, PreprocessOptions
+from gateway.content import MediaPart, Medium, Message, PreprocessOptions, Role, ToolCall, VideoOptions
 from gateway.conversations import ConversationStore
+from gateway.reach import reaching_store
 from shared.errors import ConversationBusy, ConversationNotFound, InvalidRequest, StoreUnavailable
 from tests.gateway.fakes_gateway import CAT, DOG, assistant, by_digest, redis_of, user
 
@@ -74,6 +76,44 @@ async def test_a_conversation_outlives_the_process_that_made_it(store: Conversat
         assert lease.messages[1].message_id == answer_id
         assert lease.messages[0].create_time == lease.messages[1].create_time is not None
     await other.aclose()
+
+
+async def test_a_renewal_at_the_same_moment_loses_no_turn(store: ConversationStore) -> None:
+    for _ in range(50):
+        made = await store.create(None)
+        async with store.lease(made.conversation_id) as lease:
+            *answer_ids, renewed = await asyncio.gather(
+                lease.append(user("Q"), assistant("A")), lease.append(user("Q"), assistant("A")), lease.renew()
+            )
+            assert all(answer_ids)
+            assert renewed
+
+
+async def test_a_cancellation_that_redis_forgets_is_not_lost() -> None:
+    async def use() -> None:
+        with reaching_store(), suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    using.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await using
+
+
+async def test_videos_and_calls_of_tools_are_kept(store: ConversationStore) -> None:
+    made = await store.create(None)
+    options = [("a", VideoOptions()), ("b", VideoOptions(16, 1.5, None)), ("c", VideoOptions(1, None, 0))]
+    clips = [MediaPart((Medium(digest * 64, PreprocessOptions(2, True, video)),)) for digest, video in options]
+    question, call = user(*clips, "What?"), Message(Role.ASSISTANT, (ToolCall("f", '{"x": 1}', "call_1"),))
+    async with store.lease(made.conversation_id) as lease:
+        await lease.append(question, call)
+    async with store.lease(made.conversation_id) as lease:
+        answer_id = await lease.append(Message(Role.TOOL, user("1").parts), assistant("One."))
+    page = await store.list_messages(made.conversation_id, 0, "")
+    assert [message.parts for message in page.messages[:2]] == [question.parts, call.parts]
+    assert [message.role for message in page.messages] == [Role.USER, Role.ASSISTANT, Role.TOOL, Role.ASSISTANT]
+    assert page.messages[3].message_id == answer_id
 
 
 async def test_stored_messages_hold_digests_and_no_bytes(store: ConversationStore, redis: Redis) -> None:

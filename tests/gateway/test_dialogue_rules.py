@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.content import MediaPart, Message, Role
+from gateway.content import MediaPart, Medium, Message, PreprocessOptions, Role, ToolCall, VideoOptions
 from gateway.dialogue import Dialogue, Limits, check_continuation, check_dialogue
 from shared.errors import EmptyMessage, InvalidRequest, MediaTooLarge, MediaUnreadable
 from tests.gateway.fakes_gateway import CAT, DOG, assistant, by_digest, inline, text, user
@@ -98,8 +98,69 @@ def test_media_are_placed_by_the_request_they_came_in() -> None:
     ]
 
 
-def test_a_kept_conversation_is_continued_by_one_message() -> None:
+def calling(*names: str) -> Message:
+    return Message(Role.ASSISTANT, tuple(ToolCall(name, "{}", name) for name in names))
+
+
+def result(words: str) -> Message:
+    return Message(Role.TOOL, (text(words),))
+
+
+def test_tools_answer_the_calls_of_the_message_before() -> None:
+    check(user("a"), calling("f", "g"), result("1"), result("2"))
+    check(user("a"), calling("f"), result("1"), assistant("b"), user("c"))
+    check(user("a"), calling("f"), user("never mind"))
+    check(result(""), kept=(user("a"), calling("f")))
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ((result("1"),), "messages[0].role"),
+        ((user("a"), result("1")), "messages[1].role"),
+        ((user("a"), assistant("b"), result("1")), "messages[2].role"),
+        ((user("a"), calling("f"), result("1"), result("2")), "messages[3].role"),
+        ((user("a"), calling("f"), result("1"), user("b")), "messages[3].role"),
+        ((user("a"), calling("f")), "messages[1].role"),
+    ],
+)
+def test_a_tool_speaks_when_it_was_called(messages: tuple[Message, ...], field: str) -> None:
+    assert refused(*messages).field == field
+
+
+def test_only_the_assistant_calls_and_only_users_show() -> None:
+    call = ToolCall("f", "{}")
+    assert refused(Message(Role.USER, (call,))).field == "messages[0].parts"
+    assert refused(user("a"), calling("f"), Message(Role.TOOL, (by_digest(CAT),))).field == "messages[2].parts"
+
+
+@pytest.mark.parametrize("arguments", ["", "[]", "{", "3", '{"a":' * 100_000])
+def test_the_arguments_of_a_call_are_an_object(arguments: str) -> None:
+    answer = Message(Role.ASSISTANT, (text("x"), ToolCall("f", arguments)))
+    assert refused(user("a"), answer, user("b")).field == "messages[1].parts[1].tool_call.arguments_json"
+
+
+def clip(**options: float) -> MediaPart:
+    return MediaPart((Medium("a" * 64, PreprocessOptions(video=VideoOptions(**options))),))  # type: ignore[arg-type]
+
+
+def test_a_video_s_options_make_sense() -> None:
+    check(user(clip(segment_count=4, start_s=0.5, end_s=9.0)))
+    place = "messages[0].parts[0].media.options.video"
+    for count in (0, -1):
+        assert refused(user(clip(segment_count=count))).field == f"{place}.segment_count"
+    assert refused(user(clip(start_s=float("nan")))).field == f"{place}.start_seconds"
+    assert refused(user(clip(end_s=float("inf")))).field == f"{place}.end_seconds"
+
+
+def test_a_group_holds_no_video() -> None:
+    group = MediaPart((*by_digest(CAT).media, *clip().media), grouped=True)
+    assert refused(user(group)).field == "messages[0].parts[0].group.media[1].options.video"
+
+
+def test_a_kept_conversation_is_continued_by_one_message_or_results_of_tools() -> None:
     check_continuation((user("a"),))
-    for messages in [(), (user("a"), assistant("b"), user("c"))]:
+    check_continuation((result("1"), result("2")))
+    for messages in [(), (user("a"), assistant("b"), user("c")), (result("1"), user("c"))]:
         with pytest.raises(InvalidRequest):
             check_continuation(messages)

@@ -20,6 +20,19 @@ def test_an_answer_too_many_is_refused_with_a_retry_hint_and_admitted_later() ->
         pass
 
 
+def test_answers_that_come_together_count_one_by_one_and_are_admitted_alone_whatever_their_number() -> None:
+    admission = Admission(max_answers=4, max_bytes=10)
+    with admission.answer(3):
+        with pytest.raises(QueueFull), admission.answer(2):
+            pass
+        with admission.answer():
+            pass
+    with admission.answer(16), pytest.raises(QueueFull), admission.answer():
+        pass
+    with admission.answer(4):
+        pass
+
+
 @settings(max_examples=50, deadline=None)
 @given(sizes=st.lists(st.integers(0, 15), max_size=20), cancelled=st.sets(st.integers(0, 19)))
 async def test_never_more_than_the_budget_is_held_and_everybody_gets_their_turn(

@@ -7,7 +7,7 @@ import pytest
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from llm_service import convert
-from llm_service.prompt.dialogue import Role, TextSegment
+from llm_service.prompt.dialogue import Role, TextSegment, Tool, ToolCallSegment
 from shared.errors import InvalidGenerationConfig, InvalidRequest
 
 STOP_IDS = frozenset({7})
@@ -52,6 +52,15 @@ def test_ignoring_the_end_takes_the_stop_tokens_away() -> None:
         ("max_output_tokens", -5),
         ("num_beams", 0),
         ("num_beams", 17),
+        ("candidate_count", 0),
+        ("candidate_count", -1),
+        ("candidate_count", 17),
+        ("top_logprobs", -1),
+        ("top_logprobs", 21),
+        ("visual_position_stride", 0),
+        ("visual_position_stride", -2),
+        ("visual_position_stride", 3),
+        ("visual_position_stride", 512),
         ("stop_sequences", ["x"] * 10_000),
         ("stop_sequences", [""]),
         ("stop_sequences", ["x" * 257]),
@@ -74,10 +83,56 @@ def test_more_turns_than_any_dialogue_has_are_refused() -> None:
         convert.dialogue_of(pb.Prompt(turns=[pb.Turn()] * (convert.MAX_TURNS + 1)))
 
 
-@pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
-def test_beam_search_with_sampling_is_refused(field: str) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"temperature": 1.5},
+        {"repetition_penalty": 1.5},
+        {"candidate_count": 2},
+        {"top_logprobs": 0},
+        {"json_schema": "{}"},
+    ],
+)
+def test_beam_search_takes_nothing_that_it_cannot_do(others: dict[str, object]) -> None:
+    with pytest.raises(InvalidGenerationConfig) as refused:
+        options(num_beams=2, **others)
+    assert refused.value.field == "generation_config.num_beams"
+    options(num_beams=1, **others)
+
+
+def test_an_endless_answer_meets_no_schema() -> None:
     with pytest.raises(InvalidGenerationConfig):
-        options(num_beams=2, **{field: 1.5})
+        options(ignore_end=True, json_schema="{}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "computed", "told"),
+    [
+        ({}, None, False),
+        ({"top_logprobs": 0}, 0, True),
+        ({"top_logprobs": 5, "candidate_count": 2}, 5, True),
+        ({"candidate_count": 2}, 0, False),
+    ],
+)
+def test_log_probabilities_are_computed_where_they_are_needed(
+    fields: dict[str, int], computed: int | None, told: bool
+) -> None:
+    parsed = convert.options_of(generation_pb2.GenerationConfig(**fields), 100, STOP_IDS)  # type: ignore[arg-type]
+    assert parsed.sampling.top_logprobs == computed
+    assert parsed.tells_logprobs is told
+
+
+@pytest.mark.parametrize("stride", [1, 2, 128, 256])
+def test_strides_are_powers_of_two(stride: int) -> None:
+    config = generation_pb2.GenerationConfig(visual_position_stride=stride)
+    assert convert.options_of(config, 100, STOP_IDS).visual_stride == stride
+    assert convert.options_of(generation_pb2.GenerationConfig(), 100, STOP_IDS).visual_stride == 256
+
+
+@pytest.mark.parametrize("choices", [[], ["+"], ["+"] * 17, ["+", ""], ["+", "x" * 65]])
+def test_choices_too_few_too_many_or_too_long_are_refused(choices: list[str]) -> None:
+    with pytest.raises(InvalidRequest):
+        convert.choices_of(pb.ScoreTurnsRequest(choices=choices))
 
 
 def test_turns_and_segments_become_a_dialogue() -> None:
@@ -113,3 +168,71 @@ def test_a_segment_that_is_neither_text_nor_a_sound_handle_is_refused(segment: p
 def test_a_turn_without_a_role_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         convert.dialogue_of(pb.Prompt(turns=[pb.Turn(segments=[pb.Segment(text="a")])]))
+
+
+def user(*segments: pb.Segment) -> pb.Turn:
+    return pb.Turn(role=generation_pb2.ROLE_USER, segments=segments)
+
+
+def video(frame: int | None, frame_count: int = 4, **changes: int) -> pb.Segment:
+    handle = embedding_pb2.EmbeddingHandle(
+        digest="a" * 64,
+        tile_count=4,
+        token_count=16,
+        hidden_size=8,
+        data_type=embedding_pb2.DATA_TYPE_FLOAT32,
+        frame_count=frame_count,
+    )
+    handle.MergeFrom(embedding_pb2.EmbeddingHandle(**changes))  # type: ignore[arg-type]
+    return pb.Segment(visual=pb.VisualSegment(embeddings=[handle], frame=frame))
+
+
+def test_a_frame_is_its_rows_of_the_videos_embedding() -> None:
+    dialogue = convert.dialogue_of(pb.Prompt(turns=[user(video(3), video(None))]))
+    assert [(run.offset, run.length) for run in dialogue.slices] == [(12, 4), (0, 16)]
+    assert len(set(dialogue.embeddings)) == 1
+
+
+@pytest.mark.parametrize("segment", [video(-1), video(4), video(0, 0), video(0, 3), video(0, -4)])
+def test_a_frame_that_the_video_does_not_have_is_refused(segment: pb.Segment) -> None:
+    with pytest.raises(InvalidRequest):
+        convert.dialogue_of(pb.Prompt(turns=[user(segment)]))
+
+
+def call(name: str = "look", arguments_json: str = "{}") -> pb.Segment:
+    return pb.Segment(tool_call=generation_pb2.ToolCall(name=name, arguments_json=arguments_json))
+
+
+def tool_prompt(*calls: pb.Segment, results: int = 1, **tool: str) -> pb.Prompt:
+    said = [
+        user(pb.Segment(text="a")),
+        pb.Turn(role=generation_pb2.ROLE_ASSISTANT, segments=calls),
+        pb.Turn(role=generation_pb2.ROLE_TOOL, segments=[pb.Segment(text=f"r{index}") for index in range(results)]),
+    ]
+    return pb.Prompt(turns=said, tools=[generation_pb2.Tool(**({"name": "look"} | tool))])  # type: ignore[arg-type]
+
+
+def test_calls_and_their_results_become_turns_a_result_each() -> None:
+    dialogue = convert.dialogue_of(tool_prompt(call(), call(), results=2))
+    assert [turn.role for turn in dialogue.turns] == [Role.USER, Role.ASSISTANT, Role.TOOL, Role.TOOL]
+    assert dialogue.turns[1].segments == (ToolCallSegment("look", "{}"),) * 2
+    assert dialogue.turns[3].segments == (TextSegment("r1"),)
+    assert dialogue.tools == (Tool("look"),)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        tool_prompt(call(name="")),
+        tool_prompt(call(name="no spaces")),
+        tool_prompt(call(arguments_json="[]")),
+        tool_prompt(call(arguments_json="{")),
+        tool_prompt(call(), name="x" * 65),
+        tool_prompt(call(), parameters_json_schema="3"),
+        pb.Prompt(turns=[user(call())]),
+        pb.Prompt(turns=[pb.Turn(role=generation_pb2.ROLE_TOOL, segments=[pb.Segment(text="r")])]),
+    ],
+)
+def test_tools_calls_and_results_that_cannot_be_written_are_refused(prompt: pb.Prompt) -> None:
+    with pytest.raises(InvalidRequest):
+        convert.dialogue_of(prompt)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_service.engine.sampler import penalise, probabilities, sample, top_logprobs
+from llm_service.engine.sampler import logprobs_of, penalise, probabilities, sample
 from llm_service.engine.sequence import EngineRequest, SamplingParams, Sequence
 from llm_service.prompt.splice import PromptTokens
 from tests.golden_cases import GOLDEN
@@ -79,9 +79,11 @@ def test_without_a_seed_two_sequences_draw_differently() -> None:
     assert any(left != right for left, right in draws)
 
 
-def test_top_logprobs_are_the_likeliest_tokens_best_first() -> None:
-    logits = torch.tensor([1.0, 3.0, 2.0])
-    (best, best_logprob), (second, _) = top_logprobs(logits, 2)
-    assert (best, second) == (1, 2)
-    assert best_logprob == pytest.approx(logits.log_softmax(0)[1].item())
-    assert top_logprobs(logits, 0) == ()
+def test_logprobs_are_the_chosen_tokens_and_the_likeliest_ones_best_first() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 0.0]]).log_softmax(dim=-1)
+    first, second = logprobs_of(scores, [0, 0], [2, 0])
+    assert [token for token, _ in first.top] == [1, 2]
+    assert first.chosen == pytest.approx(scores[0, 0].item())
+    assert first.top[0][1] == pytest.approx(scores[0, 1].item())
+    assert second.top == ()
+    assert second.chosen == pytest.approx(scores[1, 0].item())

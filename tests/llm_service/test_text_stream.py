@@ -2,17 +2,18 @@
 
 from functools import cache
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_service.prompt.text_stream import TextStream
 from llm_service.prompt.tokenizer import Tokenizer, load_tokenizer
-from tests.golden_cases import CHECKPOINTS, GOLDEN
+from tests.golden_cases import ALL_CHECKPOINTS, CHECKPOINTS, GOLDEN
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(GOLDEN / "checkpoints" / CHECKPOINTS[0])
+def tokenizer(checkpoint: str = CHECKPOINTS[0]) -> Tokenizer:
+    return load_tokenizer(GOLDEN / "checkpoints" / checkpoint)
 
 
 def streamed(token_ids: list[int], stops: tuple[str, ...] = ()) -> list[str]:
@@ -76,3 +77,43 @@ def test_half_a_character_behind_a_stop_sequence_is_not_sent() -> None:
 def test_white_space_waits_for_what_follows_it() -> None:
     token_ids = [token for byte in b"  a  b  " for token in tokenizer_ids_of_byte(byte)]
     assert streamed(token_ids) == ["", "", "a", "", "", "  b", "", "", ""]
+
+
+@pytest.mark.parametrize("checkpoint", ALL_CHECKPOINTS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_pieces_in_every_family_are_the_beginning_of_the_whole(checkpoint: str, data: st.DataObject) -> None:
+    chosen = tokenizer(checkpoint)
+    token_ids = data.draw(st.lists(st.integers(0, chosen.size - 1), max_size=30))
+    stream = TextStream(chosen)
+    pieces = [*map(stream.push, token_ids), stream.finish()]
+    # Half a character at the end of what has come so far reads as U+FFFD only once nothing more can come.
+    for count in range(len(token_ids)):
+        so_far = TextStream(chosen)
+        shorter = "".join([*map(so_far.push, token_ids[:count]), so_far.finish()])
+        assert shorter.startswith("".join(pieces[:count]))
+
+
+@pytest.mark.parametrize("checkpoint", ["internvl2-8b-tiny", "internvl2-4b-tiny", "internvl2-40b-tiny"])
+def test_a_character_spelled_in_bytes_is_never_sent_in_halves(checkpoint: str) -> None:
+    chosen = tokenizer(checkpoint)
+    of_byte = {chosen.bytes_of(token): token for token in range(chosen.size) if len(chosen.bytes_of(token)) == 1}
+    stream = TextStream(chosen)
+    token_ids = [chosen.encode("a")[0], *chosen.encode("😀"), of_byte[b"\xe6"], of_byte[b"\x96"], chosen.encode("b")[0]]
+    pieces = [*map(stream.push, token_ids), stream.finish()]
+    assert [piece for piece in pieces if piece] == ["a", "😀", "\N{REPLACEMENT CHARACTER}" * 2 + "b"]
+
+
+def test_the_space_before_a_word_is_kept_within_an_answer_and_not_at_its_beginning() -> None:
+    chosen = tokenizer("internvl2-4b-tiny")
+    token_ids = chosen.encode(" model model")
+    assert chosen.bytes_of(token_ids[0]).startswith(b" ")
+    stream = TextStream(chosen)
+    assert "".join([*map(stream.push, token_ids), stream.finish()]) == "model model"
+
+
+def test_special_tokens_stay_on_request_as_they_stand() -> None:
+    chosen = tokenizer("internvl2-8b-tiny")
+    token_ids = [*chosen.encode("a<ref>b</ref>", markup=True), chosen.token_id("<|im_end|>")]
+    stream = TextStream(chosen, include_special_tokens=True)
+    assert "".join([*map(stream.push, token_ids), stream.finish()]) == "a<ref>b</ref><|im_end|>"

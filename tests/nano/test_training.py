@@ -15,7 +15,7 @@ from examples.nano.training import Plan, StateMismatch, Trainer
 from examples.nano.world import EASY, FULL
 from shared.checkpoint import read_config
 
-PLAN = Plan(situations=200, seconds=None, warm_up_steps=2)
+PLAN = Plan(steps=40, seconds=None, warm_up_steps=2)
 
 
 def new_trainer(directory: Path, identity: str = "a training") -> Trainer:
@@ -91,11 +91,11 @@ def test_the_easy_world_is_left_behind() -> None:
 def test_training_writes_a_checkpoint_with_its_card(tmp_path: Path) -> None:
     out, state = tmp_path / "internvl-nano", tmp_path / "state.safetensors"
     options = ["--out", str(out), "--state", str(state), "--shape", "tiny", "--threads", "1", "--workers", "0"]
-    assert main([*options, "--samples", "4", "--batch", "2", "--final", "4", "--rolling", "4"]) == 0
+    assert main([*options, "--steps", "2", "--seeing", "1", "--batch", "2", "--final", "4", "--rolling", "4"]) == 0
     names = {file.name for file in out.iterdir()}
     assert {"model.safetensors", "config.json", "README.md", "training.json", "learning-curve.png"} <= names
-    assert "4 situations" in (out / "README.md").read_text()
-    assert main([*options, "--samples", "4", "--batch", "2"]) == 2  # a state is there already
+    assert "2 situations" in (out / "README.md").read_text()
+    assert main([*options, "--steps", "2", "--seeing", "1", "--batch", "2"]) == 2  # a state is there already
 
 
 class InterruptedTrainer(Trainer):

@@ -4,27 +4,21 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from shared.checkpoint import Checkpoint, InternVLConfig, read_config
+from tests.golden_cases import ALL_CHECKPOINTS, GOLDEN
 from vision_service.model.loader import load_tower
 from vision_service.model.projector import pixel_shuffle
 from vision_service.model.tower import TowerConfig, VisionTower, pixel_values
 from vision_service.preprocess.image import preprocess
 from vision_service.preprocess.tiling import TilingSpec
 
-TESTS = Path(__file__).parents[1]
-GOLDEN = TESTS / "golden"
-# The vision side of the golden set's internvl2-26b-tiny: RMSNorm, normalised q and k, no qkv bias.
-SIX_B = TESTS / "vision_service/data/vit-6b-tiny"
-CHECKPOINTS = {path.name: path for path in (*sorted((GOLDEN / "checkpoints").iterdir()), SIX_B)}
 
-
-@pytest.fixture(params=CHECKPOINTS)
+@pytest.fixture(params=ALL_CHECKPOINTS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -37,20 +31,17 @@ def _no_gradients() -> Iterator[None]:
 
 @cache
 def config_of(name: str) -> InternVLConfig:
-    return read_config(CHECKPOINTS[name])
+    return read_config(GOLDEN / "checkpoints" / name)
 
 
 @cache
 def expected_of(name: str) -> dict[str, torch.Tensor]:
-    file = SIX_B / "expected.safetensors"
-    if name != SIX_B.name:
-        file = GOLDEN / "expected" / name / "vision_and_logits.safetensors"
-    return load_file(file)
+    return load_file(GOLDEN / "expected" / name / "vision_and_logits.safetensors")
 
 
 def tower_of(name: str, dtype: torch.dtype = torch.float32, **changes: object) -> VisionTower:
     config = TowerConfig.of(replace(config_of(name), **changes))  # type: ignore[arg-type]
-    return load_tower(Checkpoint(CHECKPOINTS[name]), config, torch.device("cpu"), dtype).tower
+    return load_tower(Checkpoint(GOLDEN / "checkpoints" / name), config, torch.device("cpu"), dtype).tower
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -97,7 +88,6 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
     assert torch.cosine_similarity(visual_tokens.float().flatten(), wanted.flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name != SIX_B.name])
 def test_a_picture_becomes_the_visual_tokens_that_the_reference_chats_with(name: str) -> None:
     cases = json.loads((GOLDEN / "expected" / name / "cases.json").read_text())["cases"]
     (image,) = next(case for case in cases if case["name"] == "single_image")["images"]

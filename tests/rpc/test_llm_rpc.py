@@ -1,12 +1,8 @@
 """The LLM service over real channels: streams, errors, cancellation, and embeddings from a vision replica."""
 
 import asyncio
-import os
 import shutil
-import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,112 +12,33 @@ import pytest
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from internvl_serving.llm.v1 import llm_service_pb2_grpc
-from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
-from llm_service.app import lifespan
-from llm_service.settings import LlmSettings
 from shared.errors import (
     EmbeddingIncompatible,
     EmbeddingNotFound,
     EmptyMessage,
     InvalidGenerationConfig,
     InvalidRequest,
-    LlmUnavailable,
     PromptTooLong,
     ServiceError,
 )
 from shared.rpc.channel import open_channel
-from shared.rpc.server import serve
-from shared.rpc.status import from_rpc_error
-from tests.golden_cases import CHECKPOINTS, GOLDEN, UNSAFE_CASES, turns
+from tests.golden_cases import CHECKPOINTS, UNSAFE_CASES, turns
+from tests.rpc.llm_calls import (
+    CHECKPOINT,
+    HIDDEN,
+    TOKENS_PER_TILE,
+    error_of,
+    handle,
+    picture_prompt,
+    prompt,
+    request,
+    running,
+    vision,
+)
 
-CHECKPOINT = GOLDEN / "checkpoints" / CHECKPOINTS[0]
 TEXT_CASES = [
     case for case in turns(CHECKPOINTS[0]) if not case.groups and case.name not in UNSAFE_CASES and case.config
 ]
-TOKENS_PER_TILE, HIDDEN = 4, 64
-
-
-class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
-    """Streams zeros for the digests that it holds, and cannot encode."""
-
-    def __init__(self) -> None:
-        self.held: set[str] = set()
-        self.hidden_size = HIDDEN
-        self.num_rows = TOKENS_PER_TILE
-
-    async def FetchEmbedding(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        if request.digest not in self.held:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "gone")
-        header = vision_service_pb2.FetchEmbeddingHeader(
-            tile_count=1,
-            token_count=TOKENS_PER_TILE,
-            hidden_size=self.hidden_size,
-            data_type=embedding_pb2.DATA_TYPE_FLOAT32,
-        )
-        yield vision_service_pb2.FetchEmbeddingResponse(header=header)
-        for _ in range(self.num_rows):
-            yield vision_service_pb2.FetchEmbeddingResponse(chunk=bytes(HIDDEN * 4))
-
-
-@asynccontextmanager
-async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[Any]:
-    address_file = tmp_path / "llm"
-    chosen = LlmSettings(model=CHECKPOINT, address_file=address_file, kv_cache_bytes=16 << 20, **settings)
-    task = asyncio.create_task(serve(chosen, lifespan))
-    while not address_file.exists():
-        await asyncio.sleep(0.01)
-        assert not task.done(), task.result()
-    async with open_channel(address_file.read_text(), 8 << 20) as channel:
-        stub = llm_service_pb2_grpc.LlmServiceStub(channel)
-        await stub.CountTokens(pb.CountTokensRequest(prompt=prompt("Hi")), wait_for_ready=True)
-        yield stub
-    os.kill(os.getpid(), signal.SIGTERM)
-    await task
-
-
-@asynccontextmanager
-async def vision() -> AsyncIterator[tuple[ScriptedVision, str]]:
-    servicer, server = ScriptedVision(), grpc.aio.server()
-    vision_service_pb2_grpc.add_VisionServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    await server.stop(None)
-
-
-def prompt(*texts: str, system_message: str | None = None) -> pb.Prompt:
-    roles = (generation_pb2.ROLE_USER, generation_pb2.ROLE_ASSISTANT)
-    said = [pb.Turn(role=roles[index % 2], segments=[pb.Segment(text=text)]) for index, text in enumerate(texts)]
-    return pb.Prompt(turns=said, system_message=system_message)
-
-
-def picture_prompt(handle: embedding_pb2.EmbeddingHandle) -> pb.Prompt:
-    segments = [pb.Segment(visual=pb.VisualSegment(embeddings=[handle])), pb.Segment(text="\nWhat is it?")]
-    return pb.Prompt(turns=[pb.Turn(role=generation_pb2.ROLE_USER, segments=segments)])
-
-
-def handle(source: str, digest: str = "ab" * 32, **changes: Any) -> embedding_pb2.EmbeddingHandle:
-    fields = {
-        "digest": digest,
-        "tile_count": 1,
-        "token_count": TOKENS_PER_TILE,
-        "hidden_size": HIDDEN,
-        "data_type": embedding_pb2.DATA_TYPE_FLOAT32,
-        "source": source,
-    }
-    return embedding_pb2.EmbeddingHandle(**(fields | changes))
-
-
-def request(asked: pb.Prompt, **config: Any) -> pb.GenerateRequest:
-    generation_config = generation_pb2.GenerationConfig(**({"max_output_tokens": 8} | config))
-    return pb.GenerateRequest(prompt=asked, generation_config=generation_config, return_token_ids=True)
-
-
-async def error_of(call: Any) -> ServiceError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in call:
-            pass
-    return from_rpc_error(caught.value, LlmUnavailable)
 
 
 async def test_golden_text_cases_over_the_wire_all_at_once(tmp_path: Path) -> None:

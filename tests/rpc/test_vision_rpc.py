@@ -3,16 +3,11 @@
 import asyncio
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,16 +19,11 @@ from internvl_serving.common.v1.embedding_pb2 import (
     CACHE_TIER_STORE,
     DATA_TYPE_FLOAT32,
     EmbeddingHandle,
-    PreprocessOptions,
 )
 from internvl_serving.vision.v1.vision_service_pb2 import (
     EncodeHeader,
     EncodeRequest,
-    EncodeResponse,
-    FetchEmbeddingRequest,
-    FetchEmbeddingResponse,
 )
-from internvl_serving.vision.v1.vision_service_pb2_grpc import VisionServiceStub
 from shared.checkpoint import Checkpoint, read_config
 from shared.digest import digest_of
 from shared.errors import (
@@ -42,21 +32,14 @@ from shared.errors import (
     MediaDigestMismatch,
     MediaTooLarge,
     MediaUnreadable,
-    ServiceError,
-    VisionUnavailable,
 )
-from shared.rpc.channel import open_channel
-from shared.rpc.server import serve
-from shared.rpc.status import from_rpc_error
-from vision_service.app import lifespan
+from tests.rpc.vision_replica import TINY, error_of, replica, visual_tokens_of
 from vision_service.model.loader import load_tower
 from vision_service.model.tower import TowerConfig
 from vision_service.preprocess.image import preprocess
 from vision_service.preprocess.tiling import TilingSpec
-from vision_service.settings import VisionSettings
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "tests/golden/checkpoints/internvl3-8b-tiny"
 PICTURE = (ROOT / "tests/golden/images/rgb_landscape.png").read_bytes()
 OTHER = (ROOT / "tests/golden/images/cmyk.jpg").read_bytes()
 
@@ -74,71 +57,6 @@ def empty_valkey_url(valkey_url: str) -> str:
     with redis.Redis.from_url(valkey_url) as client:
         client.flushall()
     return valkey_url
-
-
-@dataclass(frozen=True)
-class Replica:
-    stub: Any
-    address: str
-
-    async def encode(
-        self, content: bytes | None, media_digest: str = "", chunk_bytes: int = 1000, **options: Any
-    ) -> EncodeResponse:
-        """Send the header and, unless `content` is None, the bytes in chunks."""
-        digest = media_digest or digest_of(content or b"")
-        header = EncodeHeader(media_digest=digest, options=PreprocessOptions(**options))
-        starts = range(0, len(content), chunk_bytes) if content else ()
-        chunks = [EncodeRequest(chunk=(content or b"")[start : start + chunk_bytes]) for start in starts]
-        response: EncodeResponse = await self.send(EncodeRequest(header=header), *chunks)
-        return response
-
-    async def send(self, *messages: EncodeRequest) -> EncodeResponse:
-        response: EncodeResponse = await self.stub.Encode(iter(messages), wait_for_ready=True)
-        return response
-
-    async def fetch(self, digest: str) -> list[FetchEmbeddingResponse]:
-        return [message async for message in self.stub.FetchEmbedding(FetchEmbeddingRequest(digest=digest))]
-
-
-@asynccontextmanager
-async def replica(tmp_path: Path, **settings: Any) -> AsyncIterator[Replica]:
-    address_file = tmp_path / "address"
-    address_file.unlink(missing_ok=True)
-    task = asyncio.create_task(
-        serve(VisionSettings(model=TINY, address_file=address_file, log_level="warning", **settings), lifespan)
-    )
-    while not address_file.exists():
-        await asyncio.sleep(0.01)
-        assert not task.done(), task.result()
-    address = address_file.read_text()
-    async with open_channel(address, 8 << 20) as channel:
-        at = Replica(VisionServiceStub(channel), address)
-        await until_ready(at)
-        yield at
-    os.kill(os.getpid(), signal.SIGTERM)
-    await task
-
-
-async def until_ready(at: Replica) -> None:
-    while True:
-        try:
-            await at.fetch("0" * 64)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:
-                return
-        await asyncio.sleep(0.02)
-
-
-async def error_of(call: Awaitable[Any]) -> ServiceError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return from_rpc_error(caught.value, VisionUnavailable)
-
-
-def visual_tokens_of(messages: list[FetchEmbeddingResponse]) -> torch.Tensor:
-    header, chunks = messages[0].header, messages[1:]
-    payload = bytearray(b"".join(message.chunk for message in chunks))
-    return torch.frombuffer(payload, dtype=torch.float32).view(header.token_count, header.hidden_size)
 
 
 @torch.inference_mode()

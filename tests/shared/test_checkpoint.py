@@ -51,11 +51,52 @@ def test_tensors_of_one_file_and_of_shards_are_the_same(directory: Path) -> None
     assert all(torch.equal(single[name], shards[name]) for name in single)
 
 
-def test_only_what_is_asked_for_is_read_and_progress_reaches_the_total(directory: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    loaded = dict(Checkpoint(directory).load([NAME], lambda done, total: seen.append((done, total))))
+def test_only_what_is_asked_for_is_yielded_as_stored(directory: Path) -> None:
+    loaded = dict(Checkpoint(directory).load([NAME]))
     assert list(loaded) == [NAME]
-    assert seen[-1] == (loaded[NAME].nbytes, loaded[NAME].nbytes)
+    stored = load_file(directory / "model.safetensors")[NAME]
+    assert loaded[NAME].dtype == stored.dtype
+    assert torch.equal(loaded[NAME], stored)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 100, 1000, 10**9])
+def test_pieces_are_the_rows_in_order_however_small_they_are(directory: Path, piece_bytes: int) -> None:
+    checkpoint = Checkpoint(directory, piece_bytes)
+    for name, stored in load_file(directory / "model.safetensors").items():
+        pieces = [piece.clone() for piece in checkpoint.pieces(name)]
+        row_bytes = stored[0].nbytes
+        assert all(piece.nbytes <= max(piece_bytes, row_bytes) for piece in pieces)
+        assert torch.equal(torch.cat(pieces), stored), name
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(directory: Path) -> None:
+    checkpoint = Checkpoint(directory)
+    file = directory / "model.safetensors"
+    last = max(checkpoint.entries, key=lambda name: checkpoint.entries[name].begin)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors was cut short while tensor '{last}'"):
+        list(checkpoint.pieces(last))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        {},
+        {"dtype": "F32", "shape": [2]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": ["two"], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]},
+    ],
+)
+def test_a_header_that_makes_no_sense_is_damaged(directory: Path, entry: Any) -> None:
+    header = json.dumps({NAME: entry}).encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has a damaged"):
+        Checkpoint(directory)
 
 
 def test_a_missing_tensor_is_named(directory: Path) -> None:
@@ -98,6 +139,12 @@ def test_an_index_cannot_point_outside_the_directory(directory: Path) -> None:
 def test_a_config_without_a_needed_key_is_refused_by_name(directory: Path, key: str) -> None:
     rewrite(directory, **{key: "-"})
     with pytest.raises(CheckpointError, match=key):
+        read_config(directory)
+
+
+def test_a_config_with_a_null_template_is_refused_by_name(directory: Path) -> None:
+    rewrite(directory, template=None)
+    with pytest.raises(CheckpointError, match="template"):
         read_config(directory)
 
 

@@ -3,13 +3,22 @@
 import random
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.embedding import ITEM_BYTES, MAX_GROUP_BYTES, DataType, Embedding, EmbeddingFormat, EmbeddingInfo
+from shared.embedding import (
+    ITEM_BYTES,
+    MAX_GROUP_BYTES,
+    DataType,
+    Embedding,
+    EmbeddingFormat,
+    EmbeddingInfo,
+    VideoFrame,
+)
 from shared.tensors import bytes_of, data_type_of, tensor_of
 
 DIGEST, OTHER_DIGEST = "ab" * 32, "cd" * 32
@@ -112,19 +121,62 @@ def test_groups_are_verified_one_by_one_into_their_places() -> None:
     assert bytes(payload) == untouched
 
 
-HEADER = struct.Struct("<4sHBBIIIIIIIII32s")
+def video(frames: int = 3, tiles_per_frame: int = 2) -> EmbeddingInfo:
+    seen = tuple(VideoFrame(7 * number, 0.28 * number) for number in range(frames))
+    return replace(info(frames * tiles_per_frame), frames=seen)
 
 
-def forged(**changes: int | bytes) -> bytes:
+def test_the_frames_of_a_video_come_back_with_the_manifest() -> None:
+    of = video()
+    manifest, groups = FORMAT.pack(embedding(of))
+    assert FORMAT.unpack_manifest(DIGEST, manifest) == of
+    assert FORMAT.unpack(DIGEST, of, groups) is not None
+    # The groups say how many frames there are, so a picture's are no video's.
+    assert FORMAT.unpack(DIGEST, replace(of, frames=()), groups) is None
+
+
+def test_a_manifest_whose_frames_were_changed_is_a_miss() -> None:
+    rng = random.Random(2)
+    manifest = FORMAT.pack_manifest(embedding(video()))
+    for _ in range(100):
+        assert FORMAT.unpack_manifest(DIGEST, mutations(manifest, rng)) is None
+
+
+HEADER = struct.Struct("<4sHBBIIIIIIIIII32s")
+FRAME = struct.Struct("<Id")
+
+
+def forged(frames_content: bytes = b"", **changes: int | bytes) -> bytes:
     """Return a value that whoever knows that there is no key can make: every field as wished, and a MAC that fits."""
     fields: dict[str, int | bytes] = {
-        "magic": b"IVLE", "version": 1, "data_type": 0, "reserved": 0, "tiles": 1, "tokens": 1, "hidden": 1,
-        "width": 1, "height": 1, "columns": 1, "grid_rows": 1, "group": 0xFFFFFFFF, "groups": 1,
+        "magic": b"IVLE", "version": 2, "data_type": 0, "reserved": 0, "tiles": 1, "tokens": 1, "hidden": 1,
+        "width": 1, "height": 1, "columns": 1, "grid_rows": 1, "frames": 0, "group": 0xFFFFFFFF, "groups": 1,
         "digest": bytes.fromhex(DIGEST),
     }  # fmt: skip
     header = HEADER.pack(*(fields | changes).values())
     key = blake3(b"", derive_key_context="internvl-serving embedding values v1").digest()
-    return header + blake3(header, key=key).digest()
+    return header + blake3(header, key=key).update(frames_content).digest() + frames_content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"frames": 1},
+        {"frames": 1, "frames_content": FRAME.pack(0, 0.0)[:-1]},
+        {"frames": 0, "frames_content": FRAME.pack(0, 0.0)},
+        {"frames": 2, "frames_content": FRAME.pack(0, 0.0) * 2},  # of one tile
+        {"frames": 1, "frames_content": FRAME.pack(1 << 31, 0.0)},
+        {"frames": 1, "frames_content": FRAME.pack(0, float("nan"))},
+        {"frames": 1, "frames_content": FRAME.pack(0, float("inf"))},
+        {"frames": 1, "frames_content": FRAME.pack(0, -1.0)},
+        {"frames": 0xFFFFFFFF},
+        {"frames": 4097, "tiles": 4097, "tokens": 4097, "frames_content": FRAME.pack(0, 0.0) * 4097},
+    ],
+)
+def test_forged_frames_are_a_miss_even_where_their_mac_fits(changes: dict[str, Any]) -> None:
+    nobodys_key = EmbeddingFormat("")
+    assert nobodys_key.unpack_manifest(DIGEST, forged(FRAME.pack(7, 0.5), frames=1)) is not None
+    assert nobodys_key.unpack_manifest(DIGEST, forged(**changes)) is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +201,8 @@ def forged(**changes: int | bytes) -> bytes:
         {"groups": 0},
         {"groups": 2},
         {"groups": 0xFFFFFFFF},
-        {"version": 2},
+        {"version": 1},
+        {"version": 3},
         {"magic": b"RIFF"},
         {"group": 0},
         {"digest": bytes.fromhex(OTHER_DIGEST)},
@@ -162,9 +215,9 @@ def test_a_forged_header_is_a_miss_even_where_its_mac_fits(changes: dict[str, in
 
 
 @settings(max_examples=300, deadline=None)
-@given(numbers=st.lists(st.integers(0, 0xFFFFFFFF), min_size=9, max_size=9), data_type=st.integers(0, 255))
+@given(numbers=st.lists(st.integers(0, 0xFFFFFFFF), min_size=10, max_size=10), data_type=st.integers(0, 255))
 def test_no_forged_header_raises_or_asks_for_much(numbers: list[int], data_type: int) -> None:
-    names = ("tiles", "tokens", "hidden", "width", "height", "columns", "grid_rows", "group", "groups")
+    names = ("tiles", "tokens", "hidden", "width", "height", "columns", "grid_rows", "frames", "group", "groups")
     value = forged(data_type=data_type, **dict(zip(names, numbers, strict=True)))
     found = EmbeddingFormat("").unpack_manifest(DIGEST, value)
     assert found is None or found.size_bytes <= 1 << 30

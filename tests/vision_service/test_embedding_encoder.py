@@ -1,33 +1,46 @@
 """An embedding comes from the nearest cache that holds it, and is encoded once where none does."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from io import BytesIO
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from shared.digest import digest_of
-from shared.embedding import Embedding, EmbeddingInfo
+from shared.embedding import MAX_SIZE_BYTES, DataType, Embedding, EmbeddingInfo, VideoFrame
 from shared.errors import (
     DeadlineExceeded,
     EmbeddingNotFound,
     MediaDigestMismatch,
+    MediaTooLarge,
     MediaUnreadable,
     QueueFull,
     ServiceError,
 )
 from shared.rpc.deadline import adopt
 from shared.store import EmbeddingStore, LocalEmbeddingCache, NoEmbeddingStore
+from shared.tensors import tensor_of
 from vision_service.batcher import Deadline, EncodedTiles
-from vision_service.encoder import CacheTier, Encoded, Encoder
-from vision_service.preprocess.image import Tiles
-from vision_service.preprocess.tiling import TilingSpec
+from vision_service.encoder import CacheTier, EmbeddingLimits, Encoded, Encoder, PendingLimits
+from vision_service.preparer import MediaSpec
+from vision_service.preprocess.frames import VideoSpec
+from vision_service.preprocess.image import Picture, Tiles, preprocess
+from vision_service.preprocess.tiling import Grid, TilingSpec
 from vision_service.runner import TowerIdentity, WorkerPool
 
-SPEC = TilingSpec(28, 1, 6, thumbnail=True)
+TILING = TilingSpec(28, 1, 6, thumbnail=True)
+SPEC = MediaSpec(TILING)
+CLIP = MediaSpec(TILING, VideoSpec(4))
+ROOM = PendingLimits(pictures=64, videos=64)
+LIMITS = EmbeddingLimits(tokens_per_tile=2, hidden_size=8, max_bytes=1 << 20)
+FRAMES = tuple(VideoFrame(5 * number, 0.2 * number) for number in range(4))
 
 
 def picture(color: int = 0) -> bytes:
@@ -37,12 +50,14 @@ def picture(color: int = 0) -> bytes:
 
 
 class ScriptedTower:
-    """Gives every tile two rows of ones once `open` is set; raises `errors` first, one a call."""
+    """Gives every tile two rows, numbered through, once `open` is set; raises `errors` first, one a call."""
 
     def __init__(self) -> None:
         self.identity = TowerIdentity("f" * 64, "float32")
         self.deadlines: list[Deadline] = []
         self.errors: list[Exception] = []
+        self.data_type = torch.float32
+        self.joined_on: list[int] = []
         self.open = asyncio.Event()
         self.open.set()
 
@@ -51,7 +66,35 @@ class ScriptedTower:
         await self.open.wait()
         if self.errors:
             raise self.errors.pop(0)
-        return EncodedTiles(torch.ones(2 * len(tiles), 8), queue_s=0.25, encode_s=0.5)
+        rows = torch.arange(16.0 * len(tiles)).reshape(-1, 8).to(self.data_type)
+        return EncodedTiles(Pieces(rows.split(3), self.joined_on), queue_s=0.25, encode_s=0.5)
+
+
+class Pieces(Sequence[torch.Tensor]):
+    """Pieces of visual tokens; notes on which threads they are looked at."""
+
+    def __init__(self, pieces: Sequence[torch.Tensor], threads: list[int]) -> None:
+        self.pieces, self.threads = pieces, threads
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.threads.append(threading.get_ident())
+        return self.pieces[index]
+
+
+class ScriptedPreparer:
+    """Decodes pictures; takes anything for a video of four frames of two tiles each."""
+
+    def __init__(self) -> None:
+        self.prepared: list[MediaSpec] = []
+
+    async def prepare(self, content: bytes, spec: MediaSpec, deadline: Deadline) -> Picture:
+        self.prepared.append(spec)
+        if spec.video is None:
+            return preprocess(content, spec.tiling, 10_000)
+        return Picture(64, 48, Grid(2, 1), np.zeros((8, 28, 28, 3), np.uint8), FRAMES)
 
 
 class MemoryStore:
@@ -83,35 +126,45 @@ class MemoryStore:
 class Bench:
     """An encoder and what it stands on; `sent` counts the times that a picture's bytes were read."""
 
-    def __init__(self, encoder: Encoder, tower: ScriptedTower, store: MemoryStore) -> None:
-        self.encoder, self.tower, self.store = encoder, tower, store
+    def __init__(self, encoder: Encoder, tower: ScriptedTower, preparer: ScriptedPreparer, store: MemoryStore) -> None:
+        self.encoder, self.tower, self.preparer, self.store = encoder, tower, preparer, store
         self.sent = 0
 
-    async def encode(self, content: bytes, spec: TilingSpec = SPEC, media_digest: str = "") -> Encoded:
-        async def read() -> bytes:
-            self.sent += 1
-            return content
+    async def encode(self, content: bytes, spec: MediaSpec = SPEC, media_digest: str = "") -> Encoded:
+        return await self.encoder.encode(media_digest or digest_of(content), spec, Sent(self, content))
 
-        return await self.encoder.encode(media_digest or digest_of(content), spec, read)
-
-    async def ask(self, content: bytes) -> Encoded:
-        return await self.encoder.encode(digest_of(content), SPEC, no_content)
+    async def ask(self, content: bytes, spec: MediaSpec = SPEC) -> Encoded:
+        return await self.encoder.encode(digest_of(content), spec, Sent(self, None))
 
 
-async def no_content() -> None:
-    return None
+class Sent:
+    """What a caller sends of a medium; None is one who only asks."""
+
+    def __init__(self, at: Bench, content: bytes | None) -> None:
+        self.at, self.content = at, content
+
+    async def follows(self) -> bool:
+        await asyncio.sleep(0)
+        return self.content is not None
+
+    async def read(self) -> bytes:
+        self.at.sent += 1
+        assert self.content is not None
+        return self.content
 
 
 @asynccontextmanager
 async def bench(
-    store: MemoryStore | None = None, cache_bytes: int = 1 << 20, max_pending: int = 64
+    store: MemoryStore | None = None,
+    cache_bytes: int = 1 << 20,
+    max_pending: PendingLimits = ROOM,
+    limits: EmbeddingLimits = LIMITS,
 ) -> AsyncIterator[Bench]:
-    tower, workers, kept = ScriptedTower(), WorkerPool(2, "decode"), store or MemoryStore()
-    encoder = Encoder(
-        tower, workers, kept, LocalEmbeddingCache(cache_bytes), max_pixels=10_000, max_pending=max_pending
-    )
+    tower, preparer, workers = ScriptedTower(), ScriptedPreparer(), WorkerPool(2, "hash")
+    kept = store or MemoryStore()
+    encoder = Encoder(tower, preparer, workers, kept, LocalEmbeddingCache(cache_bytes), max_pending, limits)
     try:
-        yield Bench(encoder, tower, kept)
+        yield Bench(encoder, tower, preparer, kept)
     finally:
         await encoder.close()
         workers.close()
@@ -195,12 +248,15 @@ async def test_bytes_of_another_digest_are_refused_large_or_small() -> None:
 async def test_every_part_of_the_identity_changes_the_digest() -> None:
     async with bench() as at:
         media = digest_of(picture())
-        specs = [SPEC, SPEC.adjusted(3, None), SPEC.adjusted(None, False), TilingSpec(56, 1, 6, True)]
+        tilings = [TILING, TILING.adjusted(3, None), TILING.adjusted(None, False), TilingSpec(56, 1, 6, True)]
+        tilings.append(replace(TILING, policy="viewer"))
+        clips = [VideoSpec(4), VideoSpec(5), VideoSpec(4, 1.0), VideoSpec(4, None, 1.0), VideoSpec(4, decoder="decord")]
+        specs = [MediaSpec(tiling) for tiling in tilings] + [MediaSpec(TILING, video) for video in clips]
         digests = [at.encoder.digest_of(media, spec) for spec in specs] + [at.encoder.digest_of("0" * 64, SPEC)]
         for identity in (TowerIdentity("e" * 64, "float32"), TowerIdentity("f" * 64, "bfloat16")):
             at.tower.identity = identity
             digests.append(at.encoder.digest_of(media, SPEC))
-        assert len(set(digests)) == 7
+        assert len(set(digests)) == 13
 
 
 async def test_a_hundred_concurrent_calls_share_one_encode() -> None:
@@ -280,14 +336,100 @@ async def test_a_failure_is_shared_by_those_who_wait_and_forgotten_after() -> No
         assert (await at.encode(picture())).tier is CacheTier.NONE
 
 
+async def test_a_mediums_pieces_are_joined_away_from_the_event_loop() -> None:
+    async with bench() as at:
+        encoded = await at.encode(b"a video", CLIP)
+        tokens = tensor_of(await at.encoder.fetch(encoded.digest))
+    assert torch.equal(tokens, torch.arange(128.0).reshape(16, 8))
+    assert at.tower.joined_on
+    assert threading.get_ident() not in at.tower.joined_on
+
+
 async def test_an_unreadable_picture_is_told_to_its_caller() -> None:
     async with bench() as at:
         assert isinstance(await error_of(at.encode(b"no picture")), MediaUnreadable)
         assert isinstance(await error_of(at.encode(b"")), MediaUnreadable)
 
 
+async def test_a_video_that_is_found_again_tells_its_frames_without_being_decoded() -> None:
+    async with bench() as at:
+        first, second = await at.encode(b"a video", CLIP), await at.ask(b"a video", CLIP)
+        assert (first.tier, second.tier) == (CacheTier.NONE, CacheTier.LOCAL)
+        assert first.info == second.info
+        assert first.info.frames == FRAMES
+        assert (first.info.frame_count, first.info.tile_count, first.info.token_count) == (4, 8, 16)
+        async with bench(at.store) as other:
+            assert (await other.ask(b"a video", CLIP)).info == first.info
+        assert at.preparer.prepared == [CLIP]
+
+
+async def test_what_no_cache_can_hold_is_refused_before_it_is_encoded() -> None:
+    clip_bytes = 8 * 2 * 8 * 4  # tiles, rows of each, width, float32
+    async with bench(limits=replace(LIMITS, max_bytes=clip_bytes - 1)) as at:
+        error = await error_of(at.encode(b"a video", CLIP))
+        assert isinstance(error, MediaTooLarge)
+        assert "at most 7" in error.message
+        assert at.tower.deadlines == []
+        assert (await at.encode(picture())).info.tile_count == 7
+        at.tower.identity = TowerIdentity("f" * 64, "bfloat16")
+        at.tower.data_type = torch.bfloat16
+        assert (await at.encode(b"a video", CLIP)).info.size_bytes == clip_bytes // 2
+    async with bench(limits=replace(LIMITS, max_bytes=clip_bytes)) as at:
+        assert (await at.encode(b"a video", CLIP)).info.size_bytes == clip_bytes
+
+
+@pytest.mark.parametrize("data_type", ["float32", "bfloat16"])
+def test_as_many_tiles_as_the_limits_allow_are_plausible_and_one_more_is_not(data_type: DataType) -> None:
+    for tokens_per_tile, hidden_size in ((256, 8192), (256, 3584), (1, 1), (1024, 8192), (1 << 12, 1)):
+        limits = EmbeddingLimits(tokens_per_tile, hidden_size, MAX_SIZE_BYTES)
+        most = limits.max_tiles(data_type)
+        for tiles, expected in ((most, True), (most + 1, False)):
+            info = EmbeddingInfo(tiles, tiles * tokens_per_tile, hidden_size, data_type, 10, 10, 1, 1)
+            assert info.plausible() is expected
+
+
+async def test_videos_take_no_room_from_pictures() -> None:
+    async with bench(max_pending=PendingLimits(pictures=1, videos=1)) as at:
+        at.tower.open.clear()
+        video = asyncio.create_task(at.encode(b"a video", CLIP))
+        await until(lambda: len(at.tower.deadlines) == 1)
+        assert isinstance(await error_of(at.encode(b"another", CLIP)), QueueFull)
+        still = asyncio.create_task(at.encode(picture()))
+        await until(lambda: len(at.tower.deadlines) == 2)
+        assert isinstance(await error_of(at.encode(picture(3))), QueueFull)
+        assert at.sent == 2
+        at.tower.open.set()
+        await asyncio.gather(video, still)
+
+
+async def test_asking_for_a_medium_needs_no_room() -> None:
+    async with bench(max_pending=PendingLimits(pictures=64, videos=1)) as at:
+        known = [b"one", b"two", b"three"]
+        for content in known:
+            await at.encode(content, CLIP)
+        at.tower.open.clear()
+        video = asyncio.create_task(at.encode(b"a video", CLIP))
+        await until(lambda: len(at.tower.deadlines) == 4)
+        assert [(await at.ask(content, CLIP)).tier for content in known] == [CacheTier.LOCAL] * 3
+        asked = asyncio.gather(*(at.ask(bytes([number]), CLIP) for number in range(5)), return_exceptions=True)
+        assert {type(outcome) for outcome in await asked} == {EmbeddingNotFound}
+        refusal = await error_of(at.encode(b"another", CLIP))
+        assert (type(refusal), refusal.retry_after_s) == (QueueFull, 1.0)
+        at.tower.open.set()
+        await video
+
+
+async def test_a_call_joins_an_encode_that_began_while_it_waited_for_its_first_bytes() -> None:
+    async with bench(max_pending=PendingLimits(pictures=1, videos=1)) as at:
+        at.tower.open.clear()
+        calls = [asyncio.create_task(at.encode(b"a video", CLIP)) for _ in range(2)]
+        await until(lambda: bool(at.tower.deadlines))
+        at.tower.open.set()
+        assert sorted([(await call).coalesced for call in calls]) == [False, True]
+
+
 async def test_one_picture_too_many_is_refused_before_its_bytes_are_read() -> None:
-    async with bench(max_pending=2) as at:
+    async with bench(max_pending=PendingLimits(pictures=2, videos=2)) as at:
         at.tower.open.clear()
         calls = [asyncio.create_task(at.encode(picture(color))) for color in (1, 2)]
         await until(lambda: len(at.tower.deadlines) == 2)
@@ -300,12 +442,9 @@ async def test_one_picture_too_many_is_refused_before_its_bytes_are_read() -> No
 
 async def test_the_service_runs_without_a_store() -> None:
     store: EmbeddingStore = NoEmbeddingStore()
-    tower, workers = ScriptedTower(), WorkerPool(1, "decode")
-    encoder = Encoder(tower, workers, store, LocalEmbeddingCache(1 << 20), max_pixels=10_000, max_pending=4)
-
-    async def read() -> bytes:
-        return picture()
-
-    encoded = await encoder.encode(digest_of(picture()), SPEC, read)
+    tower, workers = ScriptedTower(), WorkerPool(1, "hash")
+    preparer, cache = ScriptedPreparer(), LocalEmbeddingCache(1 << 20)
+    at = Bench(Encoder(tower, preparer, workers, store, cache, ROOM, LIMITS), tower, preparer, MemoryStore())
+    encoded = await at.encode(picture())
     workers.close()
-    assert (await encoder.fetch(encoded.digest)).info.token_count == 14
+    assert (await at.encoder.fetch(encoded.digest)).info.token_count == 14

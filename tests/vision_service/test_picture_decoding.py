@@ -4,16 +4,19 @@ import re
 import struct
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from shared.errors import MediaTooLarge, MediaUnreadable, ServiceError
-from vision_service.preprocess.image import preprocess
+from vision_service.preprocess.image import preprocess, read_rgb
 from vision_service.preprocess.tiling import Grid, TilingSpec
 
 IMAGES = Path(__file__).parents[1] / "golden/images"
@@ -103,5 +106,94 @@ def test_damaged_pictures_raise_nothing_but_our_errors(data: st.DataObject) -> N
     )
     for position in data.draw(st.lists(st.integers(0, min(len(content), 400) - 1), max_size=8)):
         content[position] = data.draw(st.integers(0, 255))
+    spec = replace(SPEC, policy=data.draw(st.sampled_from(["card", "viewer"])))
     with suppress(MediaUnreadable, MediaTooLarge):
-        preprocess(bytes(content[: data.draw(st.integers(1, len(content)))]), SPEC, MAX_PIXELS)
+        preprocess(bytes(content[: data.draw(st.integers(1, len(content)))]), spec, MAX_PIXELS)
+
+
+def viewed(content: bytes) -> Image.Image:
+    return read_rgb(content, MAX_PIXELS, "viewer")
+
+
+def saved(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["exif_orientation3.jpg", "exif_orientation6.jpg"])
+def test_a_viewer_sees_a_turned_picture_upright_and_the_card_does_not(name: str) -> None:
+    content = (IMAGES / name).read_bytes()
+    with Image.open(BytesIO(content)) as image:
+        as_stored, upright = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(read_rgb(content, MAX_PIXELS), as_stored)
+    assert np.array_equal(viewed(content), upright)
+    assert as_stored.size != upright.size or not np.array_equal(as_stored, upright)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_eight_orientations_are_turned_once(orientation: int, image_format: str) -> None:
+    # Red lies at the upper left of what is seen, green at the upper right; the file holds it turned.
+    seen = np.zeros((20, 30, 3), np.uint8)
+    seen[:10, :15, 0] = seen[:10, 15:, 1] = 255
+    stored = {
+        1: seen, 2: np.fliplr(seen), 3: np.rot90(seen, 2), 4: np.flipud(seen), 5: seen.swapaxes(0, 1),
+        6: np.rot90(seen, 1), 7: np.rot90(seen.swapaxes(0, 1), 2), 8: np.rot90(seen, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    content = saved(Image.fromarray(np.ascontiguousarray(stored)), image_format, exif=exif, **options)
+    assert np.array_equal(viewed(content), seen)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65_535])
+def test_an_orientation_that_does_not_exist_turns_nothing(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Image.new("RGB", (6, 4), "red")
+    assert np.array_equal(viewed(saved(image, exif=exif)), image)
+
+
+def test_a_viewer_sees_transparency_over_white_and_the_card_sees_what_is_beneath() -> None:
+    content = (IMAGES / "rgba_gradient_alpha.png").read_bytes()
+    with Image.open(BytesIO(content)) as image:
+        levels = np.asarray(image.convert("RGBA")).astype(float)
+    color, alpha = levels[..., :3], levels[..., 3:] / 255
+    expected = color * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(viewed(content)) - expected).max() <= 1
+    assert np.array_equal(read_rgb(content, MAX_PIXELS), color)
+
+
+@pytest.mark.parametrize("name", ["gray_LA.png", "palette_P_transparent.png", "lossless_alpha.webp"])
+def test_every_form_of_transparency_lies_over_white(name: str) -> None:
+    content = (IMAGES / name).read_bytes()
+    with Image.open(BytesIO(content)) as image:
+        layer = image.convert("RGBA")
+    over_white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    assert np.array_equal(viewed(content), over_white)
+    assert not np.array_equal(viewed(content), read_rgb(content, MAX_PIXELS))
+
+
+def test_a_viewer_sees_all_levels_of_sixteen_bits_and_the_card_clips_them() -> None:
+    levels = np.array([[0, 128, 256, 40_000, 65_535]], np.uint16)
+    content = saved(Image.fromarray(levels))
+    assert np.asarray(viewed(content))[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+    assert np.asarray(read_rgb(content, MAX_PIXELS))[0, :, 0].tolist() == [0, 128, 255, 255, 255]
+    golden = (IMAGES / "gray16.png").read_bytes()
+    assert not np.array_equal(viewed(golden), read_rgb(golden, MAX_PIXELS))
+
+
+@pytest.mark.parametrize("name", ["rgb_landscape.png", "cmyk.jpg", "gray.jpg", "bilevel_1.png", "palette_P.png"])
+def test_other_pictures_are_the_same_for_both(name: str) -> None:
+    content = (IMAGES / name).read_bytes()
+    assert np.array_equal(viewed(content), read_rgb(content, MAX_PIXELS))
+
+
+def test_a_viewers_picture_has_the_size_that_is_seen() -> None:
+    content = (IMAGES / "exif_orientation6.jpg").read_bytes()
+    card = preprocess(content, SPEC, MAX_PIXELS)
+    viewer = preprocess(content, replace(SPEC, policy="viewer"), MAX_PIXELS)
+    assert (viewer.width, viewer.height) == (card.height, card.width)
+    assert (viewer.grid.columns, viewer.grid.rows) == (card.grid.rows, card.grid.columns)

@@ -68,6 +68,21 @@ def test_a_tensor_that_is_no_float_is_named(checkpoint: Path) -> None:
         load(checkpoint)
 
 
+def test_a_tensor_that_config_json_does_not_speak_of_is_named(checkpoint: Path) -> None:
+    name = "vision_model.encoder.layers.0.attn.q_norm.weight"
+    change_weights(checkpoint, lambda weights: weights.update({name: torch.zeros(64)}))
+    with pytest.raises(CheckpointError, match=name):
+        load(checkpoint)
+
+
+def test_the_blocks_behind_the_selected_layer_are_not_needed(checkpoint: Path) -> None:
+    change_config(checkpoint, select_layer=1)
+    loaded = load(checkpoint)
+    assert len(loaded.tower.vision_model.encoder.layers) == 1
+    change_weights(checkpoint, lambda weights: weights.pop(QKV.replace("layers.1", "layers.2")))
+    assert load(checkpoint).fingerprint == loaded.fingerprint
+
+
 def test_a_shard_cut_short_is_named_with_a_tensor_it_lacks(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4000])

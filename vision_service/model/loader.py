@@ -1,6 +1,6 @@
 """Loads the vision side of a checkpoint: only its own tensors, checked by name and shape, with a fingerprint."""
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +9,12 @@ from blake3 import blake3
 from shared.checkpoint import Checkpoint
 from shared.digest import digest_of_fields
 from shared.errors import CheckpointError
-from shared.progress import ProgressLog
+from shared.quantize import Quantization, Scratch, quantize_linears, scheme_of
+from shared.weights import WeightPlan, read_weights, unclaimed
+from vision_service.model.names import PREFIXES, weight_plan
 from vision_service.model.tower import TowerConfig, VisionTower
 
-_DATA_TYPES = frozenset({"F32", "F16", "BF16"})
+_BLOCK = re.compile(r"\.encoder\.layers?\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,47 +28,79 @@ class LoadedTower:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all weights."""
-        return sum(parameter.numel() for parameter in self.tower.parameters())
+        """Numbers in all weights, in however many bits."""
+        return sum(parameter.numel() for parameter in empty_tower(self.tower.config).parameters())
 
 
-def load_tower(checkpoint: Checkpoint, config: TowerConfig, device: torch.device, dtype: torch.dtype) -> LoadedTower:
+def load_tower(
+    checkpoint: Checkpoint,
+    config: TowerConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+) -> LoadedTower:
     """Read the tower onto `device` in `dtype`; raise `CheckpointError` naming a tensor that is missing or misshapen.
 
-    Blocks for as long as the reading takes; logs its progress.
+    `quantization` is that of the matrices of the vision transformer's blocks. Takes the memory of the weights and of
+    some megabytes more, and where they are quantized of the largest matrix as well. Blocks for as long as the reading
+    takes; logs progress.
     """
-    with torch.device("meta"):
-        tower = VisionTower(config)
+    scheme = scheme_of(quantization)
+    tower = empty_tower(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
-    _check(checkpoint, shapes)
-    weights: dict[str, torch.Tensor] = {}
-    prints: dict[str, bytes] = {}
-    for name, tensor in checkpoint.load(shapes, ProgressLog("loading_vision_tower")):
-        prints[name] = _print_of(tensor)
-        # A copy: what safetensors returns may be the mapped file, which somebody could replace under us.
-        weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    plan = weight_plan(shapes, checkpoint.naming)
+    _refuse_unknown(checkpoint, plan, config.vit.num_layers)
+    prints = {name: _WeightPrint() for name in plan}
+    holders = quantize_linears(tower, "vision_model.encoder", scheme, lambda name: device) if scheme else {}
+    scratch = Scratch((shapes[name] for name in holders), dtype)
+
+    def new_weight(name: str) -> torch.Tensor:
+        if name in holders:
+            return scratch.matrix(shapes[name], device)
+        return torch.empty(shapes[name], dtype=dtype, device=device)
+
+    def seen(name: str, piece: torch.Tensor) -> None:
+        prints[name].add(piece)
+
+    weights = {}
+    for name, weight in read_weights(checkpoint, plan, new_weight, "loading_vision_tower", seen):
+        if name in holders:
+            holders[name](weight)
+        else:
+            weights[name] = weight
     tower.load_state_dict(weights, assign=True)
-    return LoadedTower(tower.eval().requires_grad_(False), _fingerprint(config, prints), device, dtype)
+    by_name = [field for name in sorted(prints) for field in (name, prints[name].value(shapes[name]))]
+    fingerprint = digest_of_fields(repr(config), *by_name, *([scheme.identity] if scheme else []))
+    return LoadedTower(tower.eval().requires_grad_(False), fingerprint, device, dtype)
 
 
-def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    checkpoint.require(shapes)
-    for name, shape in shapes.items():
-        entry = checkpoint.entries[name]
-        if entry.shape != shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name!r} has the shape {list(entry.shape)}, config.json asks for {list(shape)}."
-            )
-        if entry.data_type not in _DATA_TYPES:
-            raise CheckpointError(f"{entry.file}: tensor {name!r} has the element type {entry.data_type}, not a float.")
+def empty_tower(config: TowerConfig) -> VisionTower:
+    """Return a tower whose weights have shapes and no memory."""
+    with torch.device("meta"):
+        return VisionTower(config)
 
 
-def _print_of(tensor: torch.Tensor) -> bytes:
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return blake3(content.data, max_threads=blake3.AUTO).digest() + f"{tensor.dtype}{list(tensor.shape)}".encode()
+class _WeightPrint:
+    """What a weight holds as stored. By weight and not by tensor: other shards and another layout change nothing."""
+
+    def __init__(self) -> None:
+        self._hash = blake3(max_threads=blake3.AUTO)
+        self._types: dict[torch.dtype, None] = {}
+
+    def add(self, piece: torch.Tensor) -> None:
+        self._hash.update(piece.view(-1).view(torch.uint8).numpy().data)
+        self._types[piece.dtype] = None
+
+    def value(self, shape: tuple[int, ...]) -> bytes:
+        return self._hash.digest() + f"{'+'.join(map(str, self._types))}{list(shape)}".encode()
 
 
-def _fingerprint(config: TowerConfig, prints: Mapping[str, bytes]) -> str:
-    # By name and not in file order: the same weights in other shards are the same weights.
-    by_name = [field for name in sorted(prints) for field in (name, prints[name])]
-    return digest_of_fields(repr(config), *by_name)
+def _refuse_unknown(checkpoint: Checkpoint, plan: WeightPlan, num_layers: int) -> None:
+    """Raise `CheckpointError` for a tensor that config.json does not speak of: leaving it out would change answers.
+
+    Blocks behind the last one that runs are left out on purpose.
+    """
+    for name in unclaimed(checkpoint, plan, PREFIXES[checkpoint.naming]):
+        block = _BLOCK.search(name)
+        if not block or int(block[1]) < num_layers:
+            raise CheckpointError(f"{checkpoint.directory}: config.json has no place for tensor {name!r}.")

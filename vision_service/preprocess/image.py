@@ -1,4 +1,4 @@
-"""Decodes untrusted pictures and cuts them into tiles, bit for bit as the model cards' code does."""
+"""Decodes untrusted pictures and cuts them into tiles; under the policy "card" bit for bit as the cards' code does."""
 
 import struct
 import zlib
@@ -12,6 +12,7 @@ import numpy.typing as npt
 # Imported by name: otherwise Pillow would load the plug-ins of all its formats at the first picture.
 from PIL import (
     BmpImagePlugin,
+    ExifTags,
     GifImagePlugin,
     Image,
     ImageFile,
@@ -21,8 +22,9 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from shared.embedding import VideoFrame
 from shared.errors import MediaTooLarge, MediaUnreadable
-from vision_service.preprocess.tiling import Grid, TilingSpec, choose_grid
+from vision_service.preprocess.tiling import Grid, Policy, TilingSpec, choose_grid
 
 Tiles = npt.NDArray[np.uint8]
 
@@ -57,18 +59,31 @@ _DECODER_ERRORS: Final = (
 )
 _BOMB_ERRORS: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
+# What turns a picture upright, by its EXIF orientation.
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A picture ready for the vision tower.
+    """A picture, or the frames of a video, ready for the vision tower.
 
-    Width and height in pixels; the tiles [n, S, S, 3] go through the grid row by row, the thumbnail comes last.
+    Width and height in pixels; the tiles [n, S, S, 3] go through the grid row by row, the thumbnail comes last. Those
+    of a video do so frame after frame, every frame with the same grid.
     """
 
     width: int
     height: int
     grid: Grid
     tiles: Tiles
+    frames: tuple[VideoFrame, ...] = ()
 
 
 def preprocess(content: bytes, spec: TilingSpec, max_pixels: int) -> Picture:
@@ -77,19 +92,19 @@ def preprocess(content: bytes, spec: TilingSpec, max_pixels: int) -> Picture:
     Raises `MediaTooLarge` before decoding when the header tells of more than `max_pixels`, and `MediaUnreadable` when
     the bytes are no whole picture of an accepted format. Safe in any thread.
     """
-    image = read_rgb(content, max_pixels)
+    image = read_rgb(content, max_pixels, spec.policy)
     grid = choose_grid(image.width, image.height, spec)
     return Picture(image.width, image.height, grid, cut_tiles(image, grid, spec))
 
 
-def read_rgb(content: bytes, max_pixels: int) -> Image.Image:
+def read_rgb(content: bytes, max_pixels: int, policy: Policy = "card") -> Image.Image:
     """Return the decoded picture (of an animation: its first frame) in RGB; raises as `preprocess` does."""
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             # Only the header has been read. The size is checked here and not by Pillow's process-wide limit.
             if _pixels_to_decode(image) > max_pixels:
                 raise _too_many_pixels(max_pixels)
-            return image.convert("RGB")
+            return image.convert("RGB") if policy == "card" else _as_viewed(image)
     except _BOMB_ERRORS:
         raise _too_many_pixels(max_pixels) from None
     except _DECODER_ERRORS as error:
@@ -121,6 +136,28 @@ def _pixels_to_decode(image: ImageFile.ImageFile) -> int:
         tags = image.tag_v2
         pixels = max(pixels, tags.get(TiffImagePlugin.TILEWIDTH, 1) * tags.get(TiffImagePlugin.TILELENGTH, 1))
     return pixels
+
+
+def _as_viewed(image: Image.Image) -> Image.Image:
+    """Return what a person sees: upright, transparency over white, all 16 bits of a grey counted."""
+    image.load()
+    upright = _upright(image)
+    if upright.mode.startswith("I;16"):
+        levels = np.asarray(upright).astype(np.uint32)
+        upright = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    layer = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DECODER_ERRORS:
+        return image  # metadata that cannot be read turns nothing, as in other viewers
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _resized(image: Image.Image, width: int, height: int) -> Tiles:

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal
 
 from shared.checkpoint import InternVLConfig
 
-# What happens to a picture before it is cut: the model cards' `convert("RGB")`, no EXIF rotation, alpha dropped.
-POLICY = "card"
+# What happens to a picture before it is cut. "card": the model cards' `convert("RGB")`, so that EXIF orientation is
+# ignored, transparency dropped and 16 bits are clipped to 8. "viewer": what a person sees who looks at the picture.
+Policy = Literal["card", "viewer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,12 @@ class TilingSpec:
     min_tiles: int
     max_tiles: int
     thumbnail: bool
+    policy: Policy = "card"
 
     @classmethod
-    def of(cls, config: InternVLConfig) -> "TilingSpec":
+    def of(cls, config: InternVLConfig, policy: Policy = "card") -> "TilingSpec":
         """Return what the checkpoint asks for."""
-        return cls(config.image_size, config.min_tiles, config.max_tiles, config.use_thumbnail)
+        return cls(config.image_size, config.min_tiles, config.max_tiles, config.use_thumbnail, policy)
 
     def adjusted(self, max_tiles: int | None, thumbnail: bool | None) -> "TilingSpec":
         """Return the spec with what a request asks for instead; None leaves the checkpoint's value."""

@@ -90,19 +90,25 @@ class PreprocessOptions(_message.Message):
 
     MAX_TILES_FIELD_NUMBER: _builtins.int
     THUMBNAIL_FIELD_NUMBER: _builtins.int
+    VIDEO_FIELD_NUMBER: _builtins.int
     max_tiles: _builtins.int
     """Most tiles that a picture may be cut into, without the thumbnail. Absent: `max_dynamic_patch` of the checkpoint."""
     thumbnail: _builtins.bool
     """Whether a picture of more than one tile also gets a thumbnail. Absent: `use_thumbnail` of the checkpoint."""
+    @_builtins.property
+    def video(self) -> Global___VideoOptions:
+        """Present: the medium is a video. Its frames are tiled like pictures; absent `max_tiles` then means 1."""
+
     def __init__(
         self,
         *,
         max_tiles: _builtins.int | None = ...,
         thumbnail: _builtins.bool | None = ...,
+        video: Global___VideoOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tiles", b"_max_tiles", "_thumbnail", b"_thumbnail", "max_tiles", b"max_tiles", "thumbnail", b"thumbnail"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tiles", b"_max_tiles", "_thumbnail", b"_thumbnail", "max_tiles", b"max_tiles", "thumbnail", b"thumbnail", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tiles", b"_max_tiles", "_thumbnail", b"_thumbnail", "max_tiles", b"max_tiles", "thumbnail", b"thumbnail"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tiles", b"_max_tiles", "_thumbnail", b"_thumbnail", "max_tiles", b"max_tiles", "thumbnail", b"thumbnail", "video", b"video"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tiles: _TypeAlias = _typing.Literal["max_tiles"]  # noqa: Y015
     _WhichOneofArgType__max_tiles: _TypeAlias = _typing.Literal["_max_tiles", b"_max_tiles"]  # noqa: Y015
@@ -114,6 +120,73 @@ class PreprocessOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__thumbnail) -> _WhichOneofReturnType__thumbnail | None: ...
 
 Global___PreprocessOptions: _TypeAlias = PreprocessOptions  # noqa: Y015
+
+@_typing.final
+class VideoOptions(_message.Message):
+    """Which frames of a video are seen: the middle of `segment_count` equal parts of the clip."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEGMENT_COUNT_FIELD_NUMBER: _builtins.int
+    START_SECONDS_FIELD_NUMBER: _builtins.int
+    END_SECONDS_FIELD_NUMBER: _builtins.int
+    segment_count: _builtins.int
+    """Number of frames, 1 to the server's limit (`--max-video-frames`). Absent: 8."""
+    start_seconds: _builtins.float
+    """Where the part to be seen begins, in seconds. Absent: at the first frame."""
+    end_seconds: _builtins.float
+    """Where it ends, in seconds. Absent: at the last frame."""
+    def __init__(
+        self,
+        *,
+        segment_count: _builtins.int | None = ...,
+        start_seconds: _builtins.float | None = ...,
+        end_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end_seconds", b"_end_seconds", "_segment_count", b"_segment_count", "_start_seconds", b"_start_seconds", "end_seconds", b"end_seconds", "segment_count", b"segment_count", "start_seconds", b"start_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end_seconds", b"_end_seconds", "_segment_count", b"_segment_count", "_start_seconds", b"_start_seconds", "end_seconds", b"end_seconds", "segment_count", b"segment_count", "start_seconds", b"start_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end_seconds: _TypeAlias = _typing.Literal["end_seconds"]  # noqa: Y015
+    _WhichOneofArgType__end_seconds: _TypeAlias = _typing.Literal["_end_seconds", b"_end_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__segment_count: _TypeAlias = _typing.Literal["segment_count"]  # noqa: Y015
+    _WhichOneofArgType__segment_count: _TypeAlias = _typing.Literal["_segment_count", b"_segment_count"]  # noqa: Y015
+    _WhichOneofReturnType__start_seconds: _TypeAlias = _typing.Literal["start_seconds"]  # noqa: Y015
+    _WhichOneofArgType__start_seconds: _TypeAlias = _typing.Literal["_start_seconds", b"_start_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_seconds) -> _WhichOneofReturnType__end_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__segment_count) -> _WhichOneofReturnType__segment_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start_seconds) -> _WhichOneofReturnType__start_seconds | None: ...
+
+Global___VideoOptions: _TypeAlias = VideoOptions  # noqa: Y015
+
+@_typing.final
+class VideoFrame(_message.Message):
+    """A frame of a video that was seen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TIME_SECONDS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its number in the video, from 0."""
+    time_seconds: _builtins.float
+    """When it is shown, in seconds from the video's beginning."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        time_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "time_seconds", b"time_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VideoFrame: _TypeAlias = VideoFrame  # noqa: Y015
 
 @_typing.final
 class EmbeddingHandle(_message.Message):
@@ -129,6 +202,7 @@ class EmbeddingHandle(_message.Message):
     DATA_TYPE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    FRAME_COUNT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """SHA-256 (64 lower-case hex digits) of everything that decides the embedding's value."""
     media_digest: _builtins.str
@@ -143,6 +217,8 @@ class EmbeddingHandle(_message.Message):
     """Element type of the tensor."""
     source: _builtins.str
     """`host:port` of the vision replica that can stream the embedding when the store cannot."""
+    frame_count: _builtins.int
+    """Number of frames of a video; the rows are those of its frames, equally many each, in order. Zero: a picture."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the embedding may leave the caches. It can leave them earlier."""
@@ -158,10 +234,11 @@ class EmbeddingHandle(_message.Message):
         data_type: Global___DataType.ValueType = ...,
         source: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        frame_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "digest", b"digest", "expire_time", b"expire_time", "hidden_size", b"hidden_size", "media_digest", b"media_digest", "source", b"source", "tile_count", b"tile_count", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "digest", b"digest", "expire_time", b"expire_time", "frame_count", b"frame_count", "hidden_size", b"hidden_size", "media_digest", b"media_digest", "source", b"source", "tile_count", b"tile_count", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

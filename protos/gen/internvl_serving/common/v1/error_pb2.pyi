@@ -38,16 +38,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the medium has more bytes, pixels or tiles than this server accepts."""
     ERROR_REASON_MEDIA_DIGEST_MISMATCH: _ErrorReason.ValueType  # 7
     """INVALID_ARGUMENT: the uploaded bytes do not have the digest that was announced."""
+    ERROR_REASON_VIDEO_RANGE_EMPTY: _ErrorReason.ValueType  # 8
+    """INVALID_ARGUMENT: the part of the video that was asked for lies outside of it."""
+    ERROR_REASON_INVALID_JSON_SCHEMA: _ErrorReason.ValueType  # 9
+    """INVALID_ARGUMENT: the JSON schema is malformed, uses what is not supported, or cannot be met by any text."""
+    ERROR_REASON_NOT_SUPPORTED_BY_MODEL: _ErrorReason.ValueType  # 10
+    """INVALID_ARGUMENT: the model that is served has no form for what was asked (tools, grounding tags)."""
     ERROR_REASON_CONVERSATION_NOT_FOUND: _ErrorReason.ValueType  # 20
     """NOT_FOUND: there is no such conversation, or it has expired."""
     ERROR_REASON_MEDIA_NOT_FOUND: _ErrorReason.ValueType  # 21
     """NOT_FOUND: the server does not hold the bytes of this digest; upload them and try again."""
     ERROR_REASON_EMBEDDING_NOT_FOUND: _ErrorReason.ValueType  # 22
     """NOT_FOUND: an embedding has left every cache; encode the medium again."""
+    ERROR_REASON_BATCH_NOT_FOUND: _ErrorReason.ValueType  # 23
+    """NOT_FOUND: there is no such batch, or it has expired."""
     ERROR_REASON_CONVERSATION_BUSY: _ErrorReason.ValueType  # 30
     """ABORTED: another turn of this conversation is running; try again when it has ended."""
     ERROR_REASON_EMBEDDING_INCOMPATIBLE: _ErrorReason.ValueType  # 40
     """FAILED_PRECONDITION: an embedding was made for another model than the one asked to read it."""
+    ERROR_REASON_NO_CRITIC: _ErrorReason.ValueType  # 41
+    """FAILED_PRECONDITION: ranking by a critic was asked for and this server has none."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 50
     """RESOURCE_EXHAUSTED: a queue is full; `google.rpc.RetryInfo` says when to try again."""
     ERROR_REASON_NOT_READY: _ErrorReason.ValueType  # 60
@@ -58,6 +68,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE: no LLM replica can be reached, or the one that served this call was lost."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 63
     """UNAVAILABLE: the store that keeps conversations or media cannot be reached."""
+    ERROR_REASON_CRITIC_UNAVAILABLE: _ErrorReason.ValueType  # 64
+    """UNAVAILABLE: the critic that ranks candidates cannot be reached."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 70
     """DEADLINE_EXCEEDED: the time that the caller allowed has passed."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 80
@@ -84,16 +96,26 @@ ERROR_REASON_MEDIA_TOO_LARGE: ErrorReason.ValueType  # 6
 """INVALID_ARGUMENT: the medium has more bytes, pixels or tiles than this server accepts."""
 ERROR_REASON_MEDIA_DIGEST_MISMATCH: ErrorReason.ValueType  # 7
 """INVALID_ARGUMENT: the uploaded bytes do not have the digest that was announced."""
+ERROR_REASON_VIDEO_RANGE_EMPTY: ErrorReason.ValueType  # 8
+"""INVALID_ARGUMENT: the part of the video that was asked for lies outside of it."""
+ERROR_REASON_INVALID_JSON_SCHEMA: ErrorReason.ValueType  # 9
+"""INVALID_ARGUMENT: the JSON schema is malformed, uses what is not supported, or cannot be met by any text."""
+ERROR_REASON_NOT_SUPPORTED_BY_MODEL: ErrorReason.ValueType  # 10
+"""INVALID_ARGUMENT: the model that is served has no form for what was asked (tools, grounding tags)."""
 ERROR_REASON_CONVERSATION_NOT_FOUND: ErrorReason.ValueType  # 20
 """NOT_FOUND: there is no such conversation, or it has expired."""
 ERROR_REASON_MEDIA_NOT_FOUND: ErrorReason.ValueType  # 21
 """NOT_FOUND: the server does not hold the bytes of this digest; upload them and try again."""
 ERROR_REASON_EMBEDDING_NOT_FOUND: ErrorReason.ValueType  # 22
 """NOT_FOUND: an embedding has left every cache; encode the medium again."""
+ERROR_REASON_BATCH_NOT_FOUND: ErrorReason.ValueType  # 23
+"""NOT_FOUND: there is no such batch, or it has expired."""
 ERROR_REASON_CONVERSATION_BUSY: ErrorReason.ValueType  # 30
 """ABORTED: another turn of this conversation is running; try again when it has ended."""
 ERROR_REASON_EMBEDDING_INCOMPATIBLE: ErrorReason.ValueType  # 40
 """FAILED_PRECONDITION: an embedding was made for another model than the one asked to read it."""
+ERROR_REASON_NO_CRITIC: ErrorReason.ValueType  # 41
+"""FAILED_PRECONDITION: ranking by a critic was asked for and this server has none."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 50
 """RESOURCE_EXHAUSTED: a queue is full; `google.rpc.RetryInfo` says when to try again."""
 ERROR_REASON_NOT_READY: ErrorReason.ValueType  # 60
@@ -104,6 +126,8 @@ ERROR_REASON_LLM_UNAVAILABLE: ErrorReason.ValueType  # 62
 """UNAVAILABLE: no LLM replica can be reached, or the one that served this call was lost."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 63
 """UNAVAILABLE: the store that keeps conversations or media cannot be reached."""
+ERROR_REASON_CRITIC_UNAVAILABLE: ErrorReason.ValueType  # 64
+"""UNAVAILABLE: the critic that ranks candidates cannot be reached."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 70
 """DEADLINE_EXCEEDED: the time that the caller allowed has passed."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 80

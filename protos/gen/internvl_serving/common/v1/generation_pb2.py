@@ -24,19 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+internvl_serving/common/v1/generation.proto\x12\x1ainternvl_serving.common.v1\"\xf2\x02\n\x10GenerationConfig\x12\x1e\n\x11max_output_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x16\n\x0estop_sequences\x18\x08 \x03(\t\x12\x16\n\tnum_beams\x18\t \x01(\x05H\x07\x88\x01\x01\x12\x12\n\nignore_end\x18\n \x01(\x08\x42\x14\n\x12_max_output_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0c\n\n_num_beams\"|\n\nTokenUsage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\x05\x12\x1a\n\x12visual_token_count\x18\x02 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x03 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x04 \x01(\x05*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+internvl_serving/common/v1/generation.proto\x12\x1ainternvl_serving.common.v1\"\xd8\x04\n\x10GenerationConfig\x12\x1e\n\x11max_output_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x06\x88\x01\x01\x12\x16\n\x0estop_sequences\x18\x08 \x03(\t\x12\x16\n\tnum_beams\x18\t \x01(\x05H\x07\x88\x01\x01\x12\x12\n\nignore_end\x18\n \x01(\x08\x12\x1c\n\x0f\x63\x61ndidate_count\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x0c \x01(\x05H\t\x88\x01\x01\x12\x13\n\x0bjson_schema\x18\r \x01(\t\x12\x11\n\tgrounding\x18\x0e \x01(\x08\x12#\n\x16visual_position_stride\x18\x0f \x01(\x05H\n\x88\x01\x01\x12\x1e\n\x16include_special_tokens\x18\x10 \x01(\x08\x42\x14\n\x12_max_output_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0c\n\n_num_beamsB\x12\n\x10_candidate_countB\x0f\n\r_top_logprobsB\x19\n\x17_visual_position_stride\"I\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1e\n\x16parameters_json_schema\x18\x03 \x01(\t\"F\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x03 \x01(\t\"w\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x35\n\x03top\x18\x04 \x03(\x0b\x32(.internvl_serving.common.v1.TokenLogprob\"|\n\nTokenUsage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\x05\x12\x1a\n\x12visual_token_count\x18\x02 \x01(\x05\x12\x1a\n\x12\x63\x61\x63hed_token_count\x18\x03 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x04 \x01(\x05*N\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x12\r\n\tROLE_TOOL\x10\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.common.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=574
-  _globals['_ROLE']._serialized_end=637
-  _globals['_FINISHREASON']._serialized_start=639
-  _globals['_FINISHREASON']._serialized_end=734
+  _globals['_ROLE']._serialized_start=1072
+  _globals['_ROLE']._serialized_end=1150
+  _globals['_FINISHREASON']._serialized_start=1152
+  _globals['_FINISHREASON']._serialized_end=1277
   _globals['_GENERATIONCONFIG']._serialized_start=76
-  _globals['_GENERATIONCONFIG']._serialized_end=446
-  _globals['_TOKENUSAGE']._serialized_start=448
-  _globals['_TOKENUSAGE']._serialized_end=572
+  _globals['_GENERATIONCONFIG']._serialized_end=676
+  _globals['_TOOL']._serialized_start=678
+  _globals['_TOOL']._serialized_end=751
+  _globals['_TOOLCALL']._serialized_start=753
+  _globals['_TOOLCALL']._serialized_end=823
+  _globals['_TOKENLOGPROB']._serialized_start=825
+  _globals['_TOKENLOGPROB']._serialized_end=944
+  _globals['_TOKENUSAGE']._serialized_start=946
+  _globals['_TOKENUSAGE']._serialized_end=1070
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """The person or program that asks."""
     ROLE_ASSISTANT: _Role.ValueType  # 2
     """The model."""
+    ROLE_TOOL: _Role.ValueType  # 3
+    """A tool that the model called, answering it."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """Who speaks."""
@@ -41,6 +43,8 @@ ROLE_USER: Role.ValueType  # 1
 """The person or program that asks."""
 ROLE_ASSISTANT: Role.ValueType  # 2
 """The model."""
+ROLE_TOOL: Role.ValueType  # 3
+"""A tool that the model called, answering it."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _FinishReason:
@@ -55,6 +59,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The model ended its turn, or a stop sequence appeared."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """`max_output_tokens` or the model's context was reached."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 3
+    """The model asks for tools to be called."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an answer ended."""
@@ -65,6 +71,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The model ended its turn, or a stop sequence appeared."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """`max_output_tokens` or the model's context was reached."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
+"""The model asks for tools to be called."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -83,6 +91,12 @@ class GenerationConfig(_message.Message):
     STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
     NUM_BEAMS_FIELD_NUMBER: _builtins.int
     IGNORE_END_FIELD_NUMBER: _builtins.int
+    CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    GROUNDING_FIELD_NUMBER: _builtins.int
+    VISUAL_POSITION_STRIDE_FIELD_NUMBER: _builtins.int
+    INCLUDE_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     max_output_tokens: _builtins.int
     """Most tokens to generate, at least 1. Default: the server's, cut to what the context leaves."""
     temperature: _builtins.float
@@ -103,6 +117,24 @@ class GenerationConfig(_message.Message):
     """Beams of a beam search, 1 to 16; the answer then arrives in one piece. Default 1: no search."""
     ignore_end: _builtins.bool
     """Whether the model's end token is ignored, so that exactly `max_output_tokens` come. For benchmarks."""
+    candidate_count: _builtins.int
+    """Answers to generate from one reading of the prompt, 1 to 16. Default 1."""
+    top_logprobs: _builtins.int
+    """How many of the likeliest tokens are told at each step beside the one chosen, 0 to 20, with their log-probabilities
+    before temperature and truncation. Absent: none, and not the chosen one's either.
+    """
+    json_schema: _builtins.str
+    """A JSON schema that the answer has to meet: decoding allows only tokens that lead to such a text. Empty: none."""
+    grounding: _builtins.bool
+    """Whether `<ref>`, `<box>`, `<quad>` and their ends are the model's own tokens in what the user says, and stay in the
+    answer's text, for families that declare them special tokens.
+    """
+    visual_position_stride: _builtins.int
+    """Distance between neighbouring visual tokens' positions, in 1/256: 1, 2, 4, ..., 256 (variable visual position
+    encoding). Default 256: ordinary positions, as released checkpoints expect.
+    """
+    include_special_tokens: _builtins.bool
+    """Whether the end token and other special tokens stay in the answer's text."""
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end the answer; they are not part of it. At most 16 of at most 256 characters."""
@@ -120,11 +152,19 @@ class GenerationConfig(_message.Message):
         stop_sequences: _abc.Iterable[_builtins.str] | None = ...,
         num_beams: _builtins.int | None = ...,
         ignore_end: _builtins.bool = ...,
+        candidate_count: _builtins.int | None = ...,
+        top_logprobs: _builtins.int | None = ...,
+        json_schema: _builtins.str = ...,
+        grounding: _builtins.bool = ...,
+        visual_position_stride: _builtins.int | None = ...,
+        include_special_tokens: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_p", b"_min_p", "_num_beams", b"_num_beams", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_output_tokens", b"max_output_tokens", "min_p", b"min_p", "num_beams", b"num_beams", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_candidate_count", b"_candidate_count", "_max_output_tokens", b"_max_output_tokens", "_min_p", b"_min_p", "_num_beams", b"_num_beams", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_visual_position_stride", b"_visual_position_stride", "candidate_count", b"candidate_count", "max_output_tokens", b"max_output_tokens", "min_p", b"min_p", "num_beams", b"num_beams", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "visual_position_stride", b"visual_position_stride"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_p", b"_min_p", "_num_beams", b"_num_beams", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_end", b"ignore_end", "max_output_tokens", b"max_output_tokens", "min_p", b"min_p", "num_beams", b"num_beams", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_sequences", b"stop_sequences", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_candidate_count", b"_candidate_count", "_max_output_tokens", b"_max_output_tokens", "_min_p", b"_min_p", "_num_beams", b"_num_beams", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_logprobs", b"_top_logprobs", "_top_p", b"_top_p", "_visual_position_stride", b"_visual_position_stride", "candidate_count", b"candidate_count", "grounding", b"grounding", "ignore_end", b"ignore_end", "include_special_tokens", b"include_special_tokens", "json_schema", b"json_schema", "max_output_tokens", b"max_output_tokens", "min_p", b"min_p", "num_beams", b"num_beams", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_sequences", b"stop_sequences", "temperature", b"temperature", "top_k", b"top_k", "top_logprobs", b"top_logprobs", "top_p", b"top_p", "visual_position_stride", b"visual_position_stride"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__candidate_count: _TypeAlias = _typing.Literal["candidate_count"]  # noqa: Y015
+    _WhichOneofArgType__candidate_count: _TypeAlias = _typing.Literal["_candidate_count", b"_candidate_count"]  # noqa: Y015
     _WhichOneofReturnType__max_output_tokens: _TypeAlias = _typing.Literal["max_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_output_tokens: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
@@ -139,8 +179,14 @@ class GenerationConfig(_message.Message):
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType__visual_position_stride: _TypeAlias = _typing.Literal["visual_position_stride"]  # noqa: Y015
+    _WhichOneofArgType__visual_position_stride: _TypeAlias = _typing.Literal["_visual_position_stride", b"_visual_position_stride"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__candidate_count) -> _WhichOneofReturnType__candidate_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_output_tokens) -> _WhichOneofReturnType__max_output_tokens | None: ...
     @_typing.overload
@@ -156,9 +202,109 @@ class GenerationConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprobs) -> _WhichOneofReturnType__top_logprobs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__visual_position_stride) -> _WhichOneofReturnType__visual_position_stride | None: ...
 
 Global___GenerationConfig: _TypeAlias = GenerationConfig  # noqa: Y015
+
+@_typing.final
+class Tool(_message.Message):
+    """A function that the model may ask to be called."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it is called: letters, digits, `_`, `-` and `.`, at most 64."""
+    description: _builtins.str
+    """What it does, for the model to read."""
+    parameters_json_schema: _builtins.str
+    """JSON schema of its arguments, an object. Empty: no arguments."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        parameters_json_schema: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters_json_schema", b"parameters_json_schema"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tool: _TypeAlias = Tool  # noqa: Y015
+
+@_typing.final
+class ToolCall(_message.Message):
+    """The model's wish that a tool be called."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_JSON_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Which one."""
+    arguments_json: _builtins.str
+    """Its arguments: a JSON object."""
+    tool_call_id: _builtins.str
+    """Names the call within the dialogue; server-assigned."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        arguments_json: _builtins.str = ...,
+        tool_call_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "name", b"name", "tool_call_id", b"tool_call_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """How likely a token was."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    token: _builtins.bytes
+    """Its text alone; may be no whole character."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The likeliest tokens of the step, likeliest first; without alternatives of their own."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        token: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class TokenUsage(_message.Message):

@@ -28,27 +28,31 @@ from internvl_serving.common.v1 import generation_pb2 as internvl__serving_dot_c
 from internvl_serving.gateway.v1 import content_pb2 as internvl__serving_dot_gateway_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.internvl_serving/gateway/v1/chat_service.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a+internvl_serving/common/v1/generation.proto\x1a)internvl_serving/gateway/v1/content.proto\"\xf1\x01\n\x0b\x43hatRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x36\n\x08messages\x18\x02 \x03(\x0b\x32$.internvl_serving.gateway.v1.Message\x12\x1b\n\x0esystem_message\x18\x03 \x01(\tH\x00\x88\x01\x01\x12G\n\x11generation_config\x18\x04 \x01(\x0b\x32,.internvl_serving.common.v1.GenerationConfig\x12\x18\n\x10return_token_ids\x18\x05 \x01(\x08\x42\x11\n\x0f_system_message\"\xcc\x01\n\x0c\x43hatResponse\x12;\n\x07started\x18\x01 \x01(\x0b\x32(.internvl_serving.gateway.v1.ChatStartedH\x00\x12\x37\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32&.internvl_serving.gateway.v1.ChatDeltaH\x00\x12=\n\x08\x66inished\x18\x03 \x01(\x0b\x32).internvl_serving.gateway.v1.ChatFinishedH\x00\x42\x07\n\x05\x65vent\"f\n\x0b\x43hatStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x03 \x01(\x05\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\",\n\tChatDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x92\x02\n\x0c\x43hatFinished\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x35\n\x05usage\x18\x02 \x01(\x0b\x32&.internvl_serving.common.v1.TokenUsage\x12\x39\n\x07timings\x18\x03 \x01(\x0b\x32(.internvl_serving.gateway.v1.ChatTimings\x12;\n\x08receipts\x18\x04 \x03(\x0b\x32).internvl_serving.gateway.v1.MediaReceipt\x12\x12\n\nmessage_id\x18\x05 \x01(\t\"\xc7\x02\n\x0b\x43hatTimings\x12\x31\n\x0emedia_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0etotal_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9a\x03\n\x0cMediaReceipt\x12\x14\n\x0cmedia_digest\x18\x01 \x01(\t\x12\x12\n\ntile_count\x18\x02 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\x05\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\x13\n\x0btoken_count\x18\x05 \x01(\x05\x12\x39\n\ncache_tier\x18\x06 \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12\x11\n\tcoalesced\x18\x07 \x01(\x08\x12\x36\n\x13preprocess_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65ncode_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12<\n\rtransfer_tier\x18\n \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12\x34\n\x11transfer_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration2l\n\x0b\x43hatService\x12]\n\x04\x43hat\x12(.internvl_serving.gateway.v1.ChatRequest\x1a).internvl_serving.gateway.v1.ChatResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.internvl_serving/gateway/v1/chat_service.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a+internvl_serving/common/v1/generation.proto\x1a)internvl_serving/gateway/v1/content.proto\"\x98\x03\n\x0b\x43hatRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x36\n\x08messages\x18\x02 \x03(\x0b\x32$.internvl_serving.gateway.v1.Message\x12\x1b\n\x0esystem_message\x18\x03 \x01(\tH\x00\x88\x01\x01\x12G\n\x11generation_config\x18\x04 \x01(\x0b\x32,.internvl_serving.common.v1.GenerationConfig\x12\x18\n\x10return_token_ids\x18\x05 \x01(\x08\x12/\n\x05tools\x18\x06 \x03(\x0b\x32 .internvl_serving.common.v1.Tool\x12\x1c\n\x0fmax_total_tiles\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x42\n\x0eranking_method\x18\x08 \x01(\x0e\x32*.internvl_serving.gateway.v1.RankingMethodB\x11\n\x0f_system_messageB\x12\n\x10_max_total_tiles\"\xcc\x01\n\x0c\x43hatResponse\x12;\n\x07started\x18\x01 \x01(\x0b\x32(.internvl_serving.gateway.v1.ChatStartedH\x00\x12\x37\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32&.internvl_serving.gateway.v1.ChatDeltaH\x00\x12=\n\x08\x66inished\x18\x03 \x01(\x0b\x32).internvl_serving.gateway.v1.ChatFinishedH\x00\x42\x07\n\x05\x65vent\"f\n\x0b\x43hatStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x03 \x01(\x05\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\"\x81\x01\n\tChatDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\x05\x12:\n\x08logprobs\x18\x04 \x03(\x0b\x32(.internvl_serving.common.v1.TokenLogprob\"\xec\x02\n\x0c\x43hatFinished\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x35\n\x05usage\x18\x02 \x01(\x0b\x32&.internvl_serving.common.v1.TokenUsage\x12\x39\n\x07timings\x18\x03 \x01(\x0b\x32(.internvl_serving.gateway.v1.ChatTimings\x12;\n\x08receipts\x18\x04 \x03(\x0b\x32).internvl_serving.gateway.v1.MediaReceipt\x12\x12\n\nmessage_id\x18\x05 \x01(\t\x12:\n\ncandidates\x18\x06 \x03(\x0b\x32&.internvl_serving.gateway.v1.Candidate\x12\x1c\n\x14\x62\x65st_candidate_index\x18\x07 \x01(\x05\"\xdc\x01\n\tCandidate\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x1a\n\x12output_token_count\x18\x02 \x01(\x05\x12\x14\n\x0cmean_logprob\x18\x03 \x01(\x02\x12\x38\n\ntool_calls\x18\x04 \x03(\x0b\x32$.internvl_serving.common.v1.ToolCall\x12\x13\n\x0bstep_scores\x18\x05 \x03(\x02\x12\r\n\x05score\x18\x06 \x01(\x02\"\xc7\x02\n\x0b\x43hatTimings\x12\x31\n\x0emedia_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0etotal_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd2\x03\n\x0cMediaReceipt\x12\x14\n\x0cmedia_digest\x18\x01 \x01(\t\x12\x12\n\ntile_count\x18\x02 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\x05\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\x13\n\x0btoken_count\x18\x05 \x01(\x05\x12\x39\n\ncache_tier\x18\x06 \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12\x11\n\tcoalesced\x18\x07 \x01(\x08\x12\x36\n\x13preprocess_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65ncode_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12<\n\rtransfer_tier\x18\n \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12\x34\n\x11transfer_duration\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x06\x66rames\x18\x0c \x03(\x0b\x32&.internvl_serving.common.v1.VideoFrame*n\n\rRankingMethod\x12\x1e\n\x1aRANKING_METHOD_UNSPECIFIED\x10\x00\x12\"\n\x1eRANKING_METHOD_LOG_PROBABILITY\x10\x01\x12\x19\n\x15RANKING_METHOD_CRITIC\x10\x02\x32l\n\x0b\x43hatService\x12]\n\x04\x43hat\x12(.internvl_serving.gateway.v1.ChatRequest\x1a).internvl_serving.gateway.v1.ChatResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.gateway.v1.chat_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RANKINGMETHOD']._serialized_start=2486
+  _globals['_RANKINGMETHOD']._serialized_end=2596
   _globals['_CHATREQUEST']._serialized_start=244
-  _globals['_CHATREQUEST']._serialized_end=485
-  _globals['_CHATRESPONSE']._serialized_start=488
-  _globals['_CHATRESPONSE']._serialized_end=692
-  _globals['_CHATSTARTED']._serialized_start=694
-  _globals['_CHATSTARTED']._serialized_end=796
-  _globals['_CHATDELTA']._serialized_start=798
-  _globals['_CHATDELTA']._serialized_end=842
-  _globals['_CHATFINISHED']._serialized_start=845
-  _globals['_CHATFINISHED']._serialized_end=1119
-  _globals['_CHATTIMINGS']._serialized_start=1122
-  _globals['_CHATTIMINGS']._serialized_end=1449
-  _globals['_MEDIARECEIPT']._serialized_start=1452
-  _globals['_MEDIARECEIPT']._serialized_end=1862
-  _globals['_CHATSERVICE']._serialized_start=1864
-  _globals['_CHATSERVICE']._serialized_end=1972
+  _globals['_CHATREQUEST']._serialized_end=652
+  _globals['_CHATRESPONSE']._serialized_start=655
+  _globals['_CHATRESPONSE']._serialized_end=859
+  _globals['_CHATSTARTED']._serialized_start=861
+  _globals['_CHATSTARTED']._serialized_end=963
+  _globals['_CHATDELTA']._serialized_start=966
+  _globals['_CHATDELTA']._serialized_end=1095
+  _globals['_CHATFINISHED']._serialized_start=1098
+  _globals['_CHATFINISHED']._serialized_end=1462
+  _globals['_CANDIDATE']._serialized_start=1465
+  _globals['_CANDIDATE']._serialized_end=1685
+  _globals['_CHATTIMINGS']._serialized_start=1688
+  _globals['_CHATTIMINGS']._serialized_end=2015
+  _globals['_MEDIARECEIPT']._serialized_start=2018
+  _globals['_MEDIARECEIPT']._serialized_end=2484
+  _globals['_CHATSERVICE']._serialized_start=2598
+  _globals['_CHATSERVICE']._serialized_end=2706
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from internvl_serving.common.v1 import embedding_pb2 as _embedding_pb2
 from internvl_serving.common.v1 import generation_pb2 as _generation_pb2
 from internvl_serving.gateway.v1 import content_pb2 as _content_pb2
@@ -22,6 +23,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _RankingMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RankingMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RankingMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RANKING_METHOD_UNSPECIFIED: _RankingMethod.ValueType  # 0
+    """By the critic where the server has one, else by log-probability."""
+    RANKING_METHOD_LOG_PROBABILITY: _RankingMethod.ValueType  # 1
+    """By the mean of the tokens' log-probabilities."""
+    RANKING_METHOD_CRITIC: _RankingMethod.ValueType  # 2
+    """By a critic that scores each step of an answer."""
+
+class RankingMethod(_RankingMethod, metaclass=_RankingMethodEnumTypeWrapper):
+    """How candidates are ranked."""
+
+RANKING_METHOD_UNSPECIFIED: RankingMethod.ValueType  # 0
+"""By the critic where the server has one, else by log-probability."""
+RANKING_METHOD_LOG_PROBABILITY: RankingMethod.ValueType  # 1
+"""By the mean of the tokens' log-probabilities."""
+RANKING_METHOD_CRITIC: RankingMethod.ValueType  # 2
+"""By a critic that scores each step of an answer."""
+Global___RankingMethod: _TypeAlias = RankingMethod  # noqa: Y015
+
 @_typing.final
 class ChatRequest(_message.Message):
     """A turn to answer."""
@@ -33,12 +58,21 @@ class ChatRequest(_message.Message):
     SYSTEM_MESSAGE_FIELD_NUMBER: _builtins.int
     GENERATION_CONFIG_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    MAX_TOTAL_TILES_FIELD_NUMBER: _builtins.int
+    RANKING_METHOD_FIELD_NUMBER: _builtins.int
     conversation_id: _builtins.str
     """A kept conversation to continue. Empty: `messages` is the whole dialogue and nothing is kept."""
     system_message: _builtins.str
     """The system message of a dialogue that is not kept. Absent: the model's own; empty: an empty one."""
     return_token_ids: _builtins.bool
     """Whether token ids are returned beside the text."""
+    max_total_tiles: _builtins.int
+    """Most tiles of all media of the new messages together, thumbnails included; each gets an equal share, at least one
+    tile. Absent: no limit but the model's context.
+    """
+    ranking_method: Global___RankingMethod.ValueType
+    """How candidates are ranked."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Message]:
         """The dialogue in order, ending with a user message. In a kept conversation: exactly the new user message."""
@@ -46,6 +80,10 @@ class ChatRequest(_message.Message):
     @_builtins.property
     def generation_config(self) -> _generation_pb2.GenerationConfig:
         """How to decode."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.Tool]:
+        """Functions that the model may ask to be called."""
 
     def __init__(
         self,
@@ -55,13 +93,21 @@ class ChatRequest(_message.Message):
         system_message: _builtins.str | None = ...,
         generation_config: _generation_pb2.GenerationConfig | None = ...,
         return_token_ids: _builtins.bool = ...,
+        tools: _abc.Iterable[_generation_pb2.Tool] | None = ...,
+        max_total_tiles: _builtins.int | None = ...,
+        ranking_method: Global___RankingMethod.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "generation_config", b"generation_config", "system_message", b"system_message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles", "_system_message", b"_system_message", "generation_config", b"generation_config", "max_total_tiles", b"max_total_tiles", "system_message", b"system_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "conversation_id", b"conversation_id", "generation_config", b"generation_config", "messages", b"messages", "return_token_ids", b"return_token_ids", "system_message", b"system_message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles", "_system_message", b"_system_message", "conversation_id", b"conversation_id", "generation_config", b"generation_config", "max_total_tiles", b"max_total_tiles", "messages", b"messages", "ranking_method", b"ranking_method", "return_token_ids", b"return_token_ids", "system_message", b"system_message", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_total_tiles: _TypeAlias = _typing.Literal["max_total_tiles"]  # noqa: Y015
+    _WhichOneofArgType__max_total_tiles: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles"]  # noqa: Y015
     _WhichOneofReturnType__system_message: _TypeAlias = _typing.Literal["system_message"]  # noqa: Y015
     _WhichOneofArgType__system_message: _TypeAlias = _typing.Literal["_system_message", b"_system_message"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_total_tiles) -> _WhichOneofReturnType__max_total_tiles | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__system_message) -> _WhichOneofReturnType__system_message | None: ...
 
 Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
@@ -148,21 +194,31 @@ class ChatDelta(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text; may be empty while a character is incomplete."""
+    candidate_index: _builtins.int
+    """Which candidate goes on, from 0."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The ids generated since the last event, when asked for."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+        """One entry per id, when asked for."""
 
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        candidate_index: _builtins.int = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_index", b"candidate_index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -179,12 +235,16 @@ class ChatFinished(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     RECEIPTS_FIELD_NUMBER: _builtins.int
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    BEST_CANDIDATE_INDEX_FIELD_NUMBER: _builtins.int
     finish_reason: _generation_pb2.FinishReason.ValueType
-    """Why the answer ended."""
+    """Why the best candidate ended."""
     message_id: _builtins.str
     """The stored answer's id, in kept conversations. Empty there when the store was lost on the way: the answer is whole,
     but the turn was most likely not kept. ListMessages tells.
     """
+    best_candidate_index: _builtins.int
+    """Index of the candidate that ranks first; it is the one that a kept conversation keeps."""
     @_builtins.property
     def usage(self) -> _generation_pb2.TokenUsage:
         """Tokens read and written."""
@@ -197,6 +257,10 @@ class ChatFinished(_message.Message):
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaReceipt]:
         """One entry per medium of the prompt, in order of appearance."""
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """One entry per candidate, by index."""
+
     def __init__(
         self,
         *,
@@ -205,14 +269,62 @@ class ChatFinished(_message.Message):
         timings: Global___ChatTimings | None = ...,
         receipts: _abc.Iterable[Global___MediaReceipt] | None = ...,
         message_id: _builtins.str = ...,
+        candidates: _abc.Iterable[Global___Candidate] | None = ...,
+        best_candidate_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "message_id", b"message_id", "receipts", b"receipts", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_candidate_index", b"best_candidate_index", "candidates", b"candidates", "finish_reason", b"finish_reason", "message_id", b"message_id", "receipts", b"receipts", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatFinished: _TypeAlias = ChatFinished  # noqa: Y015
+
+@_typing.final
+class Candidate(_message.Message):
+    """How one candidate ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_LOGPROB_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    STEP_SCORES_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    finish_reason: _generation_pb2.FinishReason.ValueType
+    """Why it ended."""
+    output_token_count: _builtins.int
+    """Tokens generated."""
+    mean_logprob: _builtins.float
+    """Mean of the chosen tokens' natural log-probabilities."""
+    score: _builtins.float
+    """What it was ranked by: the mean of the step scores, or `mean_logprob`."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.ToolCall]:
+        """Calls of tools that the model asks for."""
+
+    @_builtins.property
+    def step_scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The critic's score of each step, 0 to 1. Empty without a critic."""
+
+    def __init__(
+        self,
+        *,
+        finish_reason: _generation_pb2.FinishReason.ValueType = ...,
+        output_token_count: _builtins.int = ...,
+        mean_logprob: _builtins.float = ...,
+        tool_calls: _abc.Iterable[_generation_pb2.ToolCall] | None = ...,
+        step_scores: _abc.Iterable[_builtins.float] | None = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "mean_logprob", b"mean_logprob", "output_token_count", b"output_token_count", "score", b"score", "step_scores", b"step_scores", "tool_calls", b"tool_calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
 
 @_typing.final
 class ChatTimings(_message.Message):
@@ -285,6 +397,7 @@ class MediaReceipt(_message.Message):
     ENCODE_DURATION_FIELD_NUMBER: _builtins.int
     TRANSFER_TIER_FIELD_NUMBER: _builtins.int
     TRANSFER_DURATION_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     media_digest: _builtins.str
     """SHA-256 (64 lower-case hex digits) of the medium's bytes."""
     tile_count: _builtins.int
@@ -313,6 +426,10 @@ class MediaReceipt(_message.Message):
     def transfer_duration(self) -> _duration_pb2.Duration:
         """Time until the LLM service had it."""
 
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[_embedding_pb2.VideoFrame]:
+        """The frames that were seen, in order, for a video."""
+
     def __init__(
         self,
         *,
@@ -327,10 +444,11 @@ class MediaReceipt(_message.Message):
         encode_duration: _duration_pb2.Duration | None = ...,
         transfer_tier: _embedding_pb2.CacheTier.ValueType = ...,
         transfer_duration: _duration_pb2.Duration | None = ...,
+        frames: _abc.Iterable[_embedding_pb2.VideoFrame] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encode_duration", b"encode_duration", "preprocess_duration", b"preprocess_duration", "transfer_duration", b"transfer_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "coalesced", b"coalesced", "columns", b"columns", "encode_duration", b"encode_duration", "media_digest", b"media_digest", "preprocess_duration", b"preprocess_duration", "rows", b"rows", "tile_count", b"tile_count", "token_count", b"token_count", "transfer_duration", b"transfer_duration", "transfer_tier", b"transfer_tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "coalesced", b"coalesced", "columns", b"columns", "encode_duration", b"encode_duration", "frames", b"frames", "media_digest", b"media_digest", "preprocess_duration", b"preprocess_duration", "rows", b"rows", "tile_count", b"tile_count", "token_count", b"token_count", "transfer_duration", b"transfer_duration", "transfer_tier", b"transfer_tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,15 +70,20 @@ class Part(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text. Special tokens typed here stay text."""
     @_builtins.property
     def media(self) -> Global___Media:
-        """A picture."""
+        """A picture or a video. The frames of a video are put on lines of their own, each after `FrameN: `."""
 
     @_builtins.property
     def group(self) -> Global___MediaGroup:
         """Several pictures that the model sees as one run of tiles, the card's combined form."""
+
+    @_builtins.property
+    def tool_call(self) -> _generation_pb2.ToolCall:
+        """What the model asked for, in its own messages."""
 
     def __init__(
         self,
@@ -86,12 +91,13 @@ class Part(_message.Message):
         text: _builtins.str = ...,
         media: Global___Media | None = ...,
         group: Global___MediaGroup | None = ...,
+        tool_call: _generation_pb2.ToolCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "group", b"group", "media", b"media", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "group", b"group", "media", b"media", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "group", b"group", "media", b"media", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "group", b"group", "media", b"media", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "media", "group"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "media", "group", "tool_call"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -106,7 +112,7 @@ class MediaGroup(_message.Message):
     MEDIA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def media(self) -> _containers.RepeatedCompositeFieldContainer[Global___Media]:
-        """The pictures in order, at least one."""
+        """The pictures in order, at least one, and no video."""
 
     def __init__(
         self,
@@ -131,12 +137,12 @@ class Media(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     inline: _builtins.bytes
-    """The encoded bytes themselves (JPEG, PNG, WebP, GIF, BMP or TIFF)."""
+    """The encoded bytes themselves (JPEG, PNG, WebP, GIF, BMP or TIFF; MP4, MKV, WebM, MOV or AVI)."""
     digest: _builtins.str
     """SHA-256 (64 lower-case hex digits) of bytes uploaded earlier."""
     @_builtins.property
     def options(self) -> _embedding_pb2.PreprocessOptions:
-        """How the picture is tiled."""
+        """How the picture is tiled; says that it is a video where it is one."""
 
     def __init__(
         self,

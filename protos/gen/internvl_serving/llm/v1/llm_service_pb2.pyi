@@ -23,27 +23,33 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Prompt(_message.Message):
-    """A dialogue that ends with a user turn."""
+    """A dialogue that ends with a user or tool turn."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SYSTEM_MESSAGE_FIELD_NUMBER: _builtins.int
     TURNS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     system_message: _builtins.str
     """The system message. Absent: the model's own; empty: an empty one."""
     @_builtins.property
     def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]:
-        """The dialogue in order: user and assistant alternate, beginning and ending with user."""
+        """The dialogue in order: user (or tool) and assistant alternate, beginning with user and ending with user or tool."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.Tool]:
+        """Functions that the model may ask to be called."""
 
     def __init__(
         self,
         *,
         system_message: _builtins.str | None = ...,
         turns: _abc.Iterable[Global___Turn] | None = ...,
+        tools: _abc.Iterable[_generation_pb2.Tool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "system_message", b"system_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "system_message", b"system_message", "turns", b"turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "system_message", b"system_message", "tools", b"tools", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__system_message: _TypeAlias = _typing.Literal["system_message"]  # noqa: Y015
     _WhichOneofArgType__system_message: _TypeAlias = _typing.Literal["_system_message", b"_system_message"]  # noqa: Y015
@@ -87,23 +93,29 @@ class Segment(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     VISUAL_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text. Never read as control tokens."""
     @_builtins.property
     def visual(self) -> Global___VisualSegment:
-        """Pictures."""
+        """Pictures, or a frame of a video."""
+
+    @_builtins.property
+    def tool_call(self) -> _generation_pb2.ToolCall:
+        """What the model asked for, in its own turns."""
 
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         visual: Global___VisualSegment | None = ...,
+        tool_call: _generation_pb2.ToolCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "text", b"text", "visual", b"visual"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "text", b"text", "tool_call", b"tool_call", "visual", b"visual"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "text", b"text", "visual", b"visual"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "text", b"text", "tool_call", b"tool_call", "visual", b"visual"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "visual"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "visual", "tool_call"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -116,6 +128,9 @@ class VisualSegment(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    FRAME_FIELD_NUMBER: _builtins.int
+    frame: _builtins.int
+    """Which frame of the video, from 0; `embeddings` is then the video's one handle. Absent: the whole embedding."""
     @_builtins.property
     def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[_embedding_pb2.EmbeddingHandle]:
         """Handles in order; more than one makes the card's combined form."""
@@ -124,12 +139,15 @@ class VisualSegment(_message.Message):
         self,
         *,
         embeddings: _abc.Iterable[_embedding_pb2.EmbeddingHandle] | None = ...,
+        frame: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frame", b"_frame", "frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frame", b"_frame", "embeddings", b"embeddings", "frame", b"frame"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__frame: _TypeAlias = _typing.Literal["frame"]  # noqa: Y015
+    _WhichOneofArgType__frame: _TypeAlias = _typing.Literal["_frame", b"_frame"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frame) -> _WhichOneofReturnType__frame | None: ...
 
 Global___VisualSegment: _TypeAlias = VisualSegment  # noqa: Y015
 
@@ -245,21 +263,31 @@ class GenerateDelta(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text; may be empty while a character is incomplete."""
+    candidate_index: _builtins.int
+    """Which candidate goes on, from 0."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The ids generated since the last event, when asked for."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+        """One entry per id, when asked for."""
 
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        candidate_index: _builtins.int = ...,
+        logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_index", b"candidate_index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,8 +305,9 @@ class GenerateFinished(_message.Message):
     PREFILL_DURATION_FIELD_NUMBER: _builtins.int
     DECODE_DURATION_FIELD_NUMBER: _builtins.int
     TRANSFERS_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     finish_reason: _generation_pb2.FinishReason.ValueType
-    """Why the answer ended."""
+    """Why the likeliest candidate ended."""
     @_builtins.property
     def usage(self) -> _generation_pb2.TokenUsage:
         """Tokens read and written."""
@@ -299,6 +328,10 @@ class GenerateFinished(_message.Message):
     def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbeddingTransfer]:
         """How each embedding of the prompt arrived, in order of appearance."""
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateResult]:
+        """One entry per candidate, by index."""
+
     def __init__(
         self,
         *,
@@ -308,14 +341,51 @@ class GenerateFinished(_message.Message):
         prefill_duration: _duration_pb2.Duration | None = ...,
         decode_duration: _duration_pb2.Duration | None = ...,
         transfers: _abc.Iterable[Global___EmbeddingTransfer] | None = ...,
+        candidates: _abc.Iterable[Global___CandidateResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_duration", b"decode_duration", "prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_duration", b"decode_duration", "finish_reason", b"finish_reason", "prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration", "transfers", b"transfers", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "decode_duration", b"decode_duration", "finish_reason", b"finish_reason", "prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration", "transfers", b"transfers", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateFinished: _TypeAlias = GenerateFinished  # noqa: Y015
+
+@_typing.final
+class CandidateResult(_message.Message):
+    """How one candidate ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_LOGPROB_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    finish_reason: _generation_pb2.FinishReason.ValueType
+    """Why it ended."""
+    output_token_count: _builtins.int
+    """Tokens generated."""
+    mean_logprob: _builtins.float
+    """Mean of the chosen tokens' natural log-probabilities."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.ToolCall]:
+        """Calls of tools that were read out of the text; their text is not part of the deltas."""
+
+    def __init__(
+        self,
+        *,
+        finish_reason: _generation_pb2.FinishReason.ValueType = ...,
+        output_token_count: _builtins.int = ...,
+        mean_logprob: _builtins.float = ...,
+        tool_calls: _abc.Iterable[_generation_pb2.ToolCall] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "mean_logprob", b"mean_logprob", "output_token_count", b"output_token_count", "tool_calls", b"tool_calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CandidateResult: _TypeAlias = CandidateResult  # noqa: Y015
 
 @_typing.final
 class EmbeddingTransfer(_message.Message):
@@ -356,6 +426,9 @@ class CountTokensRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
+    GROUNDING_FIELD_NUMBER: _builtins.int
+    grounding: _builtins.bool
+    """Whether grounding tags in what the user says are tokens, as in `GenerationConfig`."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The prompt."""
@@ -364,10 +437,11 @@ class CountTokensRequest(_message.Message):
         self,
         *,
         prompt: Global___Prompt | None = ...,
+        grounding: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grounding", b"grounding", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,3 +472,85 @@ class CountTokensResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CountTokensResponse: _TypeAlias = CountTokensResponse  # noqa: Y015
+
+@_typing.final
+class ScoreTurnsRequest(_message.Message):
+    """What to judge."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompt(self) -> Global___Prompt:
+        """A dialogue that ends with the user; every turn of the model's in it is one word long, and one more is to come."""
+
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The words, 2 to 16, each a single token of the model."""
+
+    def __init__(
+        self,
+        *,
+        prompt: Global___Prompt | None = ...,
+        choices: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreTurnsRequest: _TypeAlias = ScoreTurnsRequest  # noqa: Y015
+
+@_typing.final
+class ScoreTurnsResponse(_message.Message):
+    """The judgement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURNS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model."""
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnScore]:
+        """One per turn of the model's, the one to come included, in order."""
+
+    def __init__(
+        self,
+        *,
+        turns: _abc.Iterable[Global___TurnScore] | None = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreTurnsResponse: _TypeAlias = ScoreTurnsResponse  # noqa: Y015
+
+@_typing.final
+class TurnScore(_message.Message):
+    """The judgement of one turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBABILITIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Probability of each choice, among the choices."""
+
+    def __init__(
+        self,
+        *,
+        probabilities: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["probabilities", b"probabilities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TurnScore: _TypeAlias = TurnScore  # noqa: Y015

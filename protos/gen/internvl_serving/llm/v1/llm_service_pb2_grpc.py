@@ -40,6 +40,11 @@ class LlmServiceStub:
                 request_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.ScoreTurns = channel.unary_unary(
+                '/internvl_serving.llm.v1.LlmService/ScoreTurns',
+                request_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.ScoreTurnsRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.ScoreTurnsResponse.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/internvl_serving.llm.v1.LlmService/CountTokens',
                 request_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensRequest.SerializeToString,
@@ -53,6 +58,14 @@ class LlmServiceServicer:
 
     def Generate(self, request, context):
         """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call aborts the answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreTurns(self, request, context):
+        """Says how likely each of some words is as the first word of every turn of the model's, in one reading of a dialogue.
+        This is how a critic scores the steps of a solution.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +85,11 @@ def add_LlmServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GenerateRequest.FromString,
                     response_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'ScoreTurns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScoreTurns,
+                    request_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.ScoreTurnsRequest.FromString,
+                    response_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.ScoreTurnsResponse.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -107,6 +125,33 @@ class LlmService:
             '/internvl_serving.llm.v1.LlmService/Generate',
             internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GenerateRequest.SerializeToString,
             internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreTurns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.llm.v1.LlmService/ScoreTurns',
+            internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.ScoreTurnsRequest.SerializeToString,
+            internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.ScoreTurnsResponse.FromString,
             options,
             channel_credentials,
             insecure,

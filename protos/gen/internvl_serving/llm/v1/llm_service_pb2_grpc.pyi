@@ -35,6 +35,10 @@ class LlmServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LlmServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_llm_service_pb2.GenerateRequest, _llm_service_pb2.GenerateResponse]
     """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call aborts the answer."""
+    ScoreTurns: _grpc.UnaryUnaryMultiCallable[_llm_service_pb2.ScoreTurnsRequest, _llm_service_pb2.ScoreTurnsResponse]
+    """Says how likely each of some words is as the first word of every turn of the model's, in one reading of a dialogue.
+    This is how a critic scores the steps of a solution.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_llm_service_pb2.CountTokensRequest, _llm_service_pb2.CountTokensResponse]
     """Counts the tokens of a prompt without answering it."""
 
@@ -45,6 +49,10 @@ class LlmServiceAsyncStub(LlmServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_llm_service_pb2.GenerateRequest, _llm_service_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call aborts the answer."""
+    ScoreTurns: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.ScoreTurnsRequest, _llm_service_pb2.ScoreTurnsResponse]  # type: ignore[assignment]
+    """Says how likely each of some words is as the first word of every turn of the model's, in one reading of a dialogue.
+    This is how a critic scores the steps of a solution.
+    """
     CountTokens: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.CountTokensRequest, _llm_service_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of a prompt without answering it."""
 
@@ -58,6 +66,16 @@ class LlmServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_llm_service_pb2.GenerateResponse], _abc.AsyncIterator[_llm_service_pb2.GenerateResponse]]:
         """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call aborts the answer."""
+
+    @_abc_1.abstractmethod
+    def ScoreTurns(
+        self,
+        request: _llm_service_pb2.ScoreTurnsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_llm_service_pb2.ScoreTurnsResponse, _abc.Awaitable[_llm_service_pb2.ScoreTurnsResponse]]:
+        """Says how likely each of some words is as the first word of every turn of the model's, in one reading of a dialogue.
+        This is how a critic scores the steps of a solution.
+        """
 
     @_abc_1.abstractmethod
     def CountTokens(

@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from internvl_serving.common.v1 import embedding_pb2 as _embedding_pb2
 import builtins as _builtins
 import sys
@@ -60,7 +62,7 @@ class EncodeHeader(_message.Message):
     """SHA-256 (64 lower-case hex digits) of the medium's bytes."""
     @_builtins.property
     def options(self) -> _embedding_pb2.PreprocessOptions:
-        """How the picture is tiled."""
+        """How the picture is tiled, and which frames of a video are seen."""
 
     def __init__(
         self,
@@ -92,6 +94,7 @@ class EncodeResponse(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     cache_tier: _embedding_pb2.CacheTier.ValueType
     """Which cache held it; NONE when it was encoded for this call."""
     coalesced: _builtins.bool
@@ -120,6 +123,10 @@ class EncodeResponse(_message.Message):
     def encode_duration(self) -> _duration_pb2.Duration:
         """Time in the vision tower and projector. Zero on a hit."""
 
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[_embedding_pb2.VideoFrame]:
+        """The frames that were seen, in order, for a video."""
+
     def __init__(
         self,
         *,
@@ -133,10 +140,11 @@ class EncodeResponse(_message.Message):
         height: _builtins.int = ...,
         columns: _builtins.int = ...,
         rows: _builtins.int = ...,
+        frames: _abc.Iterable[_embedding_pb2.VideoFrame] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["encode_duration", b"encode_duration", "handle", b"handle", "preprocess_duration", b"preprocess_duration", "queue_duration", b"queue_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "coalesced", b"coalesced", "columns", b"columns", "encode_duration", b"encode_duration", "handle", b"handle", "height", b"height", "preprocess_duration", b"preprocess_duration", "queue_duration", b"queue_duration", "rows", b"rows", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "coalesced", b"coalesced", "columns", b"columns", "encode_duration", b"encode_duration", "frames", b"frames", "handle", b"handle", "height", b"height", "preprocess_duration", b"preprocess_duration", "queue_duration", b"queue_duration", "rows", b"rows", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

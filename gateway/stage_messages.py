@@ -1,0 +1,152 @@
+"""Between the stages' messages and the gateway's own types: what the vision and LLM services get and answer."""
+
+from collections.abc import Sequence
+
+from gateway import values
+from gateway.content import Medium, ToolCall
+from gateway.events import (
+    CandidateResult,
+    Delta,
+    Encoded,
+    Generated,
+    GenerateEvent,
+    GenerateRequest,
+    Started,
+    TokenLogprob,
+    TokenUsage,
+    Transfer,
+    VideoFrame,
+)
+from gateway.prompt import EmbeddingHandle, Prompt, Segment, TextSegment, Turn, VisualSegment
+from internvl_serving.common.v1 import embedding_pb2, generation_pb2
+from internvl_serving.llm.v1 import llm_service_pb2
+from internvl_serving.vision.v1 import vision_service_pb2
+from shared.rpc.messages import seconds_of
+
+# What the stages get.
+
+
+def encode_header(medium: Medium) -> vision_service_pb2.EncodeHeader:
+    """Return the header that asks for the medium's embedding."""
+    return vision_service_pb2.EncodeHeader(media_digest=medium.digest, options=values.options_message(medium.options))
+
+
+def generate_request(request: GenerateRequest) -> llm_service_pb2.GenerateRequest:
+    """Return the prompt's message."""
+    config = request.config
+    chosen = {name: getattr(config, name) for name in (*values.CHOICES, *values.SWITCHES)}
+    return llm_service_pb2.GenerateRequest(
+        prompt=_prompt_message(request.prompt),
+        generation_config=generation_pb2.GenerationConfig(stop_sequences=config.stop_sequences, **chosen),
+        return_token_ids=request.return_token_ids,
+    )
+
+
+def score_turns_request(prompt: Prompt, choices: Sequence[str]) -> llm_service_pb2.ScoreTurnsRequest:
+    """Return the message that asks how likely each choice is at each turn of the model's."""
+    return llm_service_pb2.ScoreTurnsRequest(prompt=_prompt_message(prompt), choices=choices)
+
+
+def _prompt_message(prompt: Prompt) -> llm_service_pb2.Prompt:
+    return llm_service_pb2.Prompt(
+        system_message=prompt.system_message,
+        turns=map(_turn_message, prompt.turns),
+        tools=[
+            generation_pb2.Tool(
+                name=tool.name, description=tool.description, parameters_json_schema=tool.parameters_json_schema
+            )
+            for tool in prompt.tools
+        ],
+    )
+
+
+def _turn_message(turn: Turn) -> llm_service_pb2.Turn:
+    return llm_service_pb2.Turn(role=values.ROLE_NUMBERS[turn.role], segments=map(_segment_message, turn.segments))
+
+
+def _segment_message(segment: Segment) -> llm_service_pb2.Segment:
+    match segment:
+        case TextSegment():
+            return llm_service_pb2.Segment(text=segment.text)
+        case ToolCall():
+            return llm_service_pb2.Segment(tool_call=values.tool_call_message(segment))
+        case VisualSegment():
+            handles = (embedding_pb2.EmbeddingHandle.FromString(handle.message) for handle in segment.handles)
+            return llm_service_pb2.Segment(
+                visual=llm_service_pb2.VisualSegment(embeddings=handles, frame=segment.frame)
+            )
+
+
+# What the stages answer.
+
+
+def encoded(response: vision_service_pb2.EncodeResponse) -> Encoded:
+    """Return what the vision service said about a medium."""
+    handle = response.handle
+    return Encoded(
+        handle=EmbeddingHandle(
+            handle.digest, handle.tile_count, handle.token_count, handle.SerializeToString(), handle.frame_count
+        ),
+        cache_tier=values.tier_of(response.cache_tier),
+        columns=response.columns,
+        rows=response.rows,
+        coalesced=response.coalesced,
+        preprocess_s=seconds_of(response.preprocess_duration),
+        encode_s=seconds_of(response.encode_duration),
+        frames=tuple(VideoFrame(frame.index, frame.time_seconds) for frame in response.frames),
+    )
+
+
+def generate_event(response: llm_service_pb2.GenerateResponse) -> GenerateEvent | None:
+    """Return the event of an answer; None for one that only newer gateways know."""
+    match response.WhichOneof("event"):
+        case "started":
+            started = response.started
+            return Started(started.model, started.prompt_token_count, tuple(started.prompt_token_ids))
+        case "delta":
+            delta = response.delta
+            return Delta(
+                delta.text, tuple(delta.token_ids), delta.candidate_index, tuple(map(_logprob, delta.logprobs))
+            )
+        case "finished":
+            return _generated(response.finished)
+    return None
+
+
+def turn_scores(response: llm_service_pb2.ScoreTurnsResponse) -> list[tuple[float, ...]]:
+    """Return the probability of each choice at each turn of the model's, in order."""
+    return [tuple(turn.probabilities) for turn in response.turns]
+
+
+def _generated(finished: llm_service_pb2.GenerateFinished) -> Generated:
+    usage = finished.usage
+    return Generated(
+        finish_reason=values.finish_reason_of(finished.finish_reason),
+        usage=TokenUsage(
+            prompt_tokens=usage.prompt_token_count,
+            visual_tokens=usage.visual_token_count,
+            cached_tokens=usage.cached_token_count,
+            output_tokens=usage.output_token_count,
+        ),
+        queue_s=seconds_of(finished.queue_duration),
+        prefill_s=seconds_of(finished.prefill_duration),
+        decode_s=seconds_of(finished.decode_duration),
+        transfers=tuple(
+            Transfer(transfer.digest, values.tier_of(transfer.cache_tier), seconds_of(transfer.duration))
+            for transfer in finished.transfers
+        ),
+        candidates=tuple(map(_candidate_result, finished.candidates)),
+    )
+
+
+def _candidate_result(result: llm_service_pb2.CandidateResult) -> CandidateResult:
+    return CandidateResult(
+        finish_reason=values.finish_reason_of(result.finish_reason),
+        output_tokens=result.output_token_count,
+        mean_logprob=result.mean_logprob,
+        tool_calls=tuple(map(values.tool_call_of, result.tool_calls)),
+    )
+
+
+def _logprob(logprob: generation_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(logprob.token_id, logprob.token, logprob.logprob, tuple(map(_logprob, logprob.top)))

@@ -1,0 +1,1 @@
+"""JSON schemas that answers have to meet: checked in a process of their own, then followed token by token."""
