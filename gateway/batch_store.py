@@ -127,7 +127,8 @@ class BatchStore:
             create_time=datetime.now(UTC),
             request_id=request_id,
         )
-        keys, hold = _Keys(batch_id), Hold(self._redis, _Keys(batch_id).lease, self.lease_s)
+        keys = _Keys(batch_id)
+        hold = Hold(self._redis, keys.lease, self.lease_s)
         with reaching_store():
             # The items go first: a batch must not name items that cannot be found.
             for mapping in _portions(items):
@@ -155,7 +156,8 @@ class BatchStore:
 
     async def take(self, batch_id: str) -> HeldBatch | None:
         """Hold a batch that nobody holds; None: somebody does, or there is nothing left to do."""
-        keys, hold = _Keys(batch_id), Hold(self._redis, _Keys(batch_id).lease, self.lease_s)
+        keys = _Keys(batch_id)
+        hold = Hold(self._redis, keys.lease, self.lease_s)
         with reaching_store():
             async with self._redis.pipeline() as pipeline:
                 hold.queue_take(pipeline)

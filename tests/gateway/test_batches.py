@@ -99,13 +99,6 @@ Make = Callable[..., Batches]
 
 
 @pytest.fixture
-async def redis(store_url: str) -> AsyncIterator[Redis]:
-    client = redis_of(store_url)
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
 async def make(redis: Redis) -> AsyncIterator[Make]:
     """Makes gateways over one store; all are closed at the end."""
     made: list[Batches] = []

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
@@ -13,13 +12,6 @@ from gateway.conversations import ConversationStore
 from gateway.reach import reaching_store
 from shared.errors import ConversationBusy, ConversationNotFound, InvalidRequest, StoreUnavailable
 from tests.gateway.fakes_gateway import CAT, DOG, assistant, by_digest, redis_of, user
-
-
-@pytest.fixture
-async def redis(store_url: str) -> AsyncIterator[Redis]:
-    client = redis_of(store_url)
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

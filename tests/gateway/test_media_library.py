@@ -23,13 +23,6 @@ BIG = random.Random(5).randbytes(2 * MAX_CHUNK_BYTES + 17)
 
 
 @pytest.fixture
-async def redis(store_url: str) -> AsyncIterator[Redis]:
-    client = redis_of(store_url)
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
 def store(redis: Redis) -> RedisMediaStore:
     return RedisMediaStore(redis, ttl_s=1000)
 

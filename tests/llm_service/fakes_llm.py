@@ -2,9 +2,12 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from llm_service.engine import sequence
+from llm_service.engine.block_manager import BlockManager
+from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.model_runner import SampledToken
 from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import EngineRequest, SamplingParams
@@ -12,6 +15,7 @@ from llm_service.prompt.dialogue import EmbeddingRef
 from llm_service.prompt.splice import PromptTokens
 
 VOCABULARY = 1000
+LIMITS = EngineLimits(max_sequences=8, max_batch_tokens=32, max_tokens=200)
 
 
 def next_token(token_ids: Sequence[int]) -> int:
@@ -97,3 +101,18 @@ def request(
 
 def ref(digest: str = "ab" * 32, tiles: int = 1, tokens_per_tile: int = 4, hidden: int = 64) -> EmbeddingRef:
     return EmbeddingRef(digest, tiles, tiles * tokens_per_tile, hidden, "float32", "127.0.0.1:1")
+
+
+@asynccontextmanager
+async def running(
+    runner: FakeRunner, num_blocks: int = 64, limits: EngineLimits = LIMITS
+) -> AsyncIterator[PagedEngine]:
+    """An engine over a fake model; every block has to be free again at the end."""
+    engine = PagedEngine(runner, BlockManager(num_blocks, runner.block_size), limits)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        runner.gate.set()
+        engine.stop()
+    assert engine.stats().num_free_blocks == num_blocks, "every block came back"

@@ -1,8 +1,7 @@
 """Several answers of one reading of the prompt: they share its blocks, and each says what it says alone."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given, settings
@@ -13,23 +12,7 @@ from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.sequence import EngineRequest, FinishReason, Probe, SamplingParams, candidates_of
 from llm_service.prompt.splice import PromptTokens
 from shared.errors import InternalError
-from tests.llm_service.fakes_llm import FakeRunner, continuation, next_token, request
-
-LIMITS = EngineLimits(max_sequences=8, max_batch_tokens=32, max_tokens=200)
-
-
-@asynccontextmanager
-async def running(
-    runner: FakeRunner, num_blocks: int = 64, limits: EngineLimits = LIMITS
-) -> AsyncIterator[PagedEngine]:
-    engine = PagedEngine(runner, BlockManager(num_blocks, runner.block_size), limits)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        runner.gate.set()
-        engine.stop()
-    assert engine.stats().num_free_blocks == num_blocks, "every block came back"
+from tests.llm_service.fakes_llm import FakeRunner, continuation, next_token, request, running
 
 
 async def answers(engine: PagedEngine, asked: EngineRequest) -> list[list[int]]:

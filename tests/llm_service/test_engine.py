@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given, settings
@@ -12,23 +12,7 @@ from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.sequence import EngineRequest, FinishReason, TokenOutput
 from shared.errors import InternalError, PromptTooLong
-from tests.llm_service.fakes_llm import FakeRunner, continuation, request
-
-LIMITS = EngineLimits(max_sequences=8, max_batch_tokens=32, max_tokens=200)
-
-
-@asynccontextmanager
-async def running(
-    runner: FakeRunner, num_blocks: int = 64, block_size: int = 4, limits: EngineLimits = LIMITS
-) -> AsyncIterator[PagedEngine]:
-    engine = PagedEngine(runner, BlockManager(num_blocks, block_size), limits)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        runner.gate.set()
-        engine.stop()
-    assert engine.stats().num_free_blocks == num_blocks, "every block came back"
+from tests.llm_service.fakes_llm import LIMITS, FakeRunner, continuation, request, running
 
 
 async def collect(engine: PagedEngine, asked: EngineRequest) -> list[TokenOutput]:
@@ -90,7 +74,7 @@ async def test_whatever_is_batched_chunked_and_preempted_each_sequence_says_what
     prompts: list[list[int]], outputs: int, num_blocks: int
 ) -> None:
     limits = EngineLimits(max_sequences=4, max_batch_tokens=8, max_tokens=64)
-    async with running(FakeRunner(), num_blocks=num_blocks, block_size=4, limits=limits) as engine:
+    async with running(FakeRunner(), num_blocks=num_blocks, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request(prompt, outputs)) for prompt in prompts))
     assert answers == [continuation(prompt, outputs) for prompt in prompts]
 
@@ -99,7 +83,7 @@ async def test_preemption_happens_and_changes_nothing() -> None:
     runner = FakeRunner()
     limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=64)
     prompts = [[index] * 10 for index in range(1, 5)]
-    async with running(runner, num_blocks=16, block_size=4, limits=limits) as engine:
+    async with running(runner, num_blocks=16, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request(prompt, 30)) for prompt in prompts))
     assert answers == [continuation(prompt, 30) for prompt in prompts]
     assert any(count > 10 for batch in runner.batches for count in batch), "a preempted sequence was computed again"

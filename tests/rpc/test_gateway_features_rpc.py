@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from shared.errors import (
     ServiceError,
     VideoRangeEmpty,
 )
-from tests.gateway.fakes_gateway import valkey
 from tests.rpc.scripted_stages import (
     ASSISTANT,
     CAT,
@@ -45,12 +44,6 @@ CRITIC = chat_service_pb2.RANKING_METHOD_CRITIC
 LOG_PROBABILITY = chat_service_pb2.RANKING_METHOD_LOG_PROBABILITY
 RESULT = llm_service_pb2.CandidateResult
 CALL = generation_pb2.ToolCall
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 @pytest.fixture

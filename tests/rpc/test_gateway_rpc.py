@@ -1,7 +1,7 @@
 """The gateway as a server, between real channels and scripted vision and LLM servers in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from shared.errors import (
     QueueFull,
     ServiceError,
 )
-from tests.gateway.fakes_gateway import valkey
 from tests.rpc.scripted_stages import (
     ASSISTANT,
     CAT,
@@ -53,12 +52,6 @@ from tests.rpc.scripted_stages import (
     text_of,
     until_serving,
 )
-
-
-@pytest.fixture(scope="module")
-def redis_url() -> Iterator[str]:
-    with valkey() as server:
-        yield server.connection_url
 
 
 @pytest.fixture

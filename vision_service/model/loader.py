@@ -9,8 +9,8 @@ from blake3 import blake3
 from shared.checkpoint import Checkpoint
 from shared.digest import digest_of_fields
 from shared.errors import CheckpointError
-from shared.quantize import Quantization, Scratch, quantize_linears, scheme_of
-from shared.weights import WeightPlan, read_weights, unclaimed
+from shared.quantize import ModelWeights, Quantization, read_and_round, scheme_of
+from shared.weights import WeightPlan, unclaimed
 from vision_service.model.names import PREFIXES, weight_plan
 from vision_service.model.tower import TowerConfig, VisionTower
 
@@ -51,24 +51,13 @@ def load_tower(
     plan = weight_plan(shapes, checkpoint.naming)
     _refuse_unknown(checkpoint, plan, config.vit.num_layers)
     prints = {name: _WeightPrint() for name in plan}
-    holders = quantize_linears(tower, "vision_model.encoder", scheme, lambda name: device) if scheme else {}
-    scratch = Scratch((shapes[name] for name in holders), dtype)
-
-    def new_weight(name: str) -> torch.Tensor:
-        if name in holders:
-            return scratch.matrix(shapes[name], device)
-        return torch.empty(shapes[name], dtype=dtype, device=device)
 
     def seen(name: str, piece: torch.Tensor) -> None:
         prints[name].add(piece)
 
-    weights = {}
-    for name, weight in read_weights(checkpoint, plan, new_weight, "loading_vision_tower", seen):
-        if name in holders:
-            holders[name](weight)
-        else:
-            weights[name] = weight
-    tower.load_state_dict(weights, assign=True)
+    weights = ModelWeights(checkpoint, plan, shapes, dtype, lambda name: device)
+    kept = dict(read_and_round(tower, "vision_model.encoder", scheme, weights, "loading_vision_tower", seen))
+    tower.load_state_dict(kept, assign=True)
     by_name = [field for name in sorted(prints) for field in (name, prints[name].value(shapes[name]))]
     fingerprint = digest_of_fields(repr(config), *by_name, *([scheme.identity] if scheme else []))
     return LoadedTower(tower.eval().requires_grad_(False), fingerprint, device, dtype)
