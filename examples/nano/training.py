@@ -18,6 +18,9 @@ from examples.nano.batches import NO_TARGET, Batch
 from examples.nano.guide import Guide
 from examples.nano.model import Nano, tensors_of
 
+# Root mean square of visual tokens. Norms hide a token's size, so nothing else keeps it from growing; and beside large
+# ones what the decoder's layers add is lost, such as which of several pictures a token belongs to.
+VISUAL_SIZE = 2.0
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
@@ -27,11 +30,12 @@ class Plan:
 
     steps: int | None
     seconds: float | None
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     matrix_share: float = 2.0  # of the learning rate, for the matrices that Muon steps
     guide_share: float = 0.5  # of the guide's loss
-    seeing_rate: float = 2.0  # times the learning rate before the first words
-    falling_part: float = 0.3  # of the training, at its end: the rate stays until then, and falls to zero
+    size_share: float = 0.2  # within the guide's loss, of visual tokens that are larger or smaller than `VISUAL_SIZE`
+    seeing_rate: float = 4.0  # times the learning rate before the first words
+    falling_part: float = 0.6  # of the training, at its end: the rate stays until then, and falls to zero
     warm_up_steps: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -156,13 +160,13 @@ class Trainer:
         """Return the loss of the answers, zero where there are none, and that of the guide."""
         with self._precision():
             visual_tokens = self.model.visual_tokens(tensors["tiles"])
+            seeing = self.guide(visual_tokens, tensors["seen"], tensors["boxes"])
+            seeing = seeing + self.plan.size_share * _size_loss(visual_tokens)
             if not has_answers:
-                nothing = torch.zeros((), device=self._device)
-                return nothing, self.guide(visual_tokens, tensors["seen"], tensors["boxes"])
+                return torch.zeros((), device=self._device), seeing
             hidden = hidden_states_over(self.model, dict(tensors), visual_tokens)
             asked = tensors["targets"] != NO_TARGET
             logits = self.model.logits(hidden[asked])
-            seeing = self.guide(visual_tokens, tensors["seen"], tensors["boxes"])
         losses = functional.cross_entropy(logits, tensors["targets"][asked], reduction="none")
         weights = tensors["weights"][asked]
         return (losses * weights).sum() / weights.sum(), seeing
@@ -183,6 +187,12 @@ class Trainer:
             torch._foreach_lerp_(
                 list(self.average.values()), [weight.data for weight in self.model.parameters()], 1 - decay
             )
+
+
+def _size_loss(visual_tokens: torch.Tensor) -> torch.Tensor:
+    if not len(visual_tokens):
+        return visual_tokens.new_zeros(())
+    return (visual_tokens.float().square().mean().sqrt() / VISUAL_SIZE).log().square()
 
 
 def _optimisers(model: Nano, guide: Guide, plan: Plan) -> list[torch.optim.Optimizer]:

@@ -157,9 +157,9 @@ MAKERS: tuple[tuple[Maker, float], ...] = (
     (object_, 1.0),
     (describe, 1.0),
     (listing, 0.5),
-    (count, 1.5),
-    (position, 1.2),
+    (count, 2.0),
+    (position, 2.0),
     (presence, 1.2),
-    (grounding, 1.2),
+    (grounding, 1.6),
     (absent, 0.5),
 )
