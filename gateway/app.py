@@ -10,12 +10,14 @@ import structlog
 from gateway.batch_messages import MessageFormat
 from gateway.batch_store import BatchStore
 from gateway.batches import Batches
+from gateway.catalogue import Catalogue
 from gateway.chat import Chat
 from gateway.clients import LlmClient, VisionClient
 from gateway.conversations import ConversationStore
 from gateway.critic import StepCritic
 from gateway.encoder import MediaEncoder
-from gateway.media import LocalMediaCache, MediaLibrary, RedisMediaStore
+from gateway.media import DELETED_CHANNEL, LocalMediaCache, MediaLibrary, RedisMediaStore
+from gateway.metrics import GatewayMetrics
 from gateway.ranking import Ranking
 from gateway.servicers import BatchServicer, ChatServicer, ConversationServicer, MediaServicer
 from gateway.settings import GatewaySettings
@@ -25,6 +27,8 @@ from internvl_serving.gateway.v1 import (
     conversation_service_pb2_grpc,
     media_service_pb2_grpc,
 )
+from shared.announcements import Announcements, cancelled
+from shared.metrics import NO_METRICS, Registry
 from shared.rpc.channel import open_channel
 from shared.rpc.server import Application
 from shared.store import connect_redis
@@ -33,11 +37,13 @@ log = structlog.get_logger()
 _NAMES = ("ChatService", "ConversationService", "MediaService", "BatchService")
 SERVICES = tuple(f"internvl_serving.gateway.v1.{name}" for name in _NAMES)
 _PROGRESS_EVERY_S = 5.0
-_ENVELOPE_BYTES = 1024  # of a message that carries a result; far more than it takes
+_ENVELOPE_BYTES = 1024  # of a message beside what it carries; far more than it takes
 
 
 @asynccontextmanager
-async def lifespan(settings: GatewaySettings, address: str) -> AsyncIterator[Application]:
+async def lifespan(
+    settings: GatewaySettings, address: str, registry: Registry = NO_METRICS
+) -> AsyncIterator[Application]:
     """Yield the gateway. It is ready once an LLM replica is, and stays so; neither vision nor Redis is waited for."""
     async with AsyncExitStack() as stack:
         vision = await stack.enter_async_context(open_channel(settings.vision_target, settings.max_message_bytes))
@@ -53,9 +59,22 @@ async def lifespan(settings: GatewaySettings, address: str) -> AsyncIterator[App
             LocalMediaCache(settings.media_cache_bytes),
             settings.max_media_bytes,
         )
+        announcements = Announcements(
+            redis, {DELETED_CHANNEL: lambda digest: library.forget(digest.decode())}, library.forget_all
+        )
+        stack.push_async_callback(cancelled, asyncio.create_task(announcements.run()))
         encoder = _encoder(vision, library, settings)
+        catalogue = Catalogue(
+            VisionClient(vision),
+            encoder,
+            library,
+            settings.limits,
+            parallel=settings.max_parallel_encodes,
+            max_sent_bytes=settings.max_message_bytes - _ENVELOPE_BYTES,
+        )
         ranking = Ranking(await _critic(settings, library, stack))
-        chat = Chat(LlmClient(llm), encoder, library, conversations, settings.limits, ranking)
+        metrics = GatewayMetrics.declared(registry)
+        chat = Chat(LlmClient(llm), encoder, library, conversations, settings.limits, ranking, metrics)
         store = BatchStore(redis, settings.batch_lease_s)
         item_format = MessageFormat(settings.max_message_bytes - _ENVELOPE_BYTES)
         batches = Batches(chat, library, store, item_format, settings.batch_limits)
@@ -66,7 +85,7 @@ async def lifespan(settings: GatewaySettings, address: str) -> AsyncIterator[App
             conversation_service_pb2_grpc.add_ConversationServiceServicer_to_server(
                 ConversationServicer(conversations), server
             )
-            media_service_pb2_grpc.add_MediaServiceServicer_to_server(MediaServicer(library), server)
+            media_service_pb2_grpc.add_MediaServiceServicer_to_server(MediaServicer(library, catalogue), server)
             batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
                 BatchServicer(batches, settings.max_media_bytes), server
             )

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-import grpc
-
 from gateway import convert
 from gateway.batch_store import Batch
 from gateway.batches import ItemAnswer, NewBatch
@@ -76,7 +74,9 @@ class MessageFormat:
     def write_result(self, index: int, outcome: ItemAnswer | ServiceError) -> bytes:
         """Return what became of an item."""
         if isinstance(outcome, ServiceError):
-            return batch_service_pb2.BatchResult(item_index=index, error=_error(outcome)).SerializeToString()
+            return batch_service_pb2.BatchResult(
+                item_index=index, error=convert.error_message(outcome)
+            ).SerializeToString()
         result = batch_service_pb2.BatchResult(item_index=index, answer=_answer(outcome)).SerializeToString()
         if len(result) > self._max_result_bytes:
             # A chat brings the same in many messages; a result is one, and one that nobody can receive is none.
@@ -95,13 +95,6 @@ def _answer(answer: ItemAnswer) -> batch_service_pb2.BatchAnswer:
         started=convert.chat_started(answer.started),
         finished=convert.chat_finished(answer.finished),
         candidates=candidates,
-    )
-
-
-def _error(error: ServiceError) -> batch_service_pb2.BatchError:
-    code: int = grpc.StatusCode[error.code.value].value[0]
-    return batch_service_pb2.BatchError(
-        code=code, reason=error.reason, message=error.message, field=error.field or "", resource=error.resource or ""
     )
 
 

@@ -17,10 +17,10 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
-from gateway.hold import Hold
-from gateway.reach import reaching_store
 from gateway.records import BatchRecord
 from shared.errors import BatchNotFound
+from shared.hold import Hold
+from shared.reach import reaching_store
 
 log = structlog.get_logger()
 _ABOUT, _SUCCEEDED, _FAILED, _CANCELLED = "about", "succeeded", "failed", "cancelled"

@@ -31,6 +31,7 @@ from gateway.events import (
     Transfer,
 )
 from gateway.media import MediaLibrary
+from gateway.metrics import UNOBSERVED, GatewayMetrics
 from gateway.options import check_options, share_tiles
 from gateway.prompt import prompt_of
 from gateway.ranking import Ranking, best_of
@@ -93,6 +94,7 @@ class Chat:
         conversations: ConversationStore,
         limits: Limits,
         ranking: Ranking | None = None,
+        metrics: GatewayMetrics = UNOBSERVED,
     ) -> None:
         self._llm = llm
         self._encoder = encoder
@@ -100,6 +102,7 @@ class Chat:
         self._conversations = conversations
         self._limits = limits
         self._ranking = ranking or Ranking()
+        self._metrics = metrics
 
     async def answer(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
         """Stream one answer: one `Started`, any number of `Delta`, one `Finished`; closing the stream ends the turn.
@@ -108,19 +111,20 @@ class Chat:
         is answered to the end; its `Finished` then has no message id, because the turn may not have been kept.
         """
         stopwatch = Stopwatch()
-        check_options(request, self._limits)
-        self._ranking.check(request.ranking_method)
-        async with self._opened(request) as lease:
-            dialogue = await self._library.identify(self._checked(request, lease))
-            answer = Answer(self._llm, self._encoder, request, dialogue, stopwatch)
-            async with aclosing(answer.events()) as events:
-                async for event in events:
-                    yield event
-            candidates = await self._ranking.rank(request.ranking_method, dialogue, answer.candidates())
-            best = best_of(candidates)
-            message_id = await self._keep(lease, dialogue, candidates[best]) if lease else ""
-        # Only now, with the lease given back, may the client learn that the next turn can come.
-        finished = answer.finished(candidates, best, message_id)
+        with self._metrics.turn() as turn:
+            check_options(request, self._limits)
+            self._ranking.check(request.ranking_method)
+            async with self._opened(request) as lease:
+                dialogue = await self._library.identify(self._checked(request, lease))
+                answer = Answer(self._llm, self._encoder, request, dialogue, stopwatch)
+                async with aclosing(answer.events()) as events:
+                    async for event in events:
+                        yield event
+                candidates = await self._ranking.rank(request.ranking_method, dialogue, answer.candidates())
+                best = best_of(candidates)
+                message_id = await self._keep(lease, dialogue, candidates[best]) if lease else ""
+            # Only now, with the lease given back, may the client learn that the next turn can come.
+            turn.finished = finished = answer.finished(candidates, best, message_id)
         _log_turn(finished, bool(request.conversation_id))
         yield finished
 

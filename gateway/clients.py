@@ -1,12 +1,14 @@
 """The gRPC clients of the vision and the LLM service."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
 
 import grpc
 import structlog
 
 from gateway import stage_messages
-from gateway.content import Medium
+from gateway.catalogue import Estimate
+from gateway.content import Medium, PreprocessOptions
 from gateway.events import Encoded, Generated, GenerateEvent, GenerateRequest
 from gateway.prompt import Prompt
 from internvl_serving.llm.v1 import llm_service_pb2_grpc
@@ -33,25 +35,30 @@ class VisionClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = vision_service_pb2_grpc.VisionServiceStub(channel)
 
-    async def find(self, medium: Medium) -> Encoded | None:
+    async def find(self, medium: Medium, *, prefetch: bool = False) -> Encoded | None:
         """Return the medium's embedding if a cache holds it; None: its bytes are needed."""
         try:
-            return await self._encode(medium, b"")
+            return await self.encode(medium, b"", prefetch=prefetch)
         except EmbeddingNotFound:
             return None
 
-    async def encode(self, medium: Medium, content: bytes) -> Encoded:
+    async def encode(self, medium: Medium, content: bytes, *, prefetch: bool = False) -> Encoded:
         """Return the medium's embedding, made from `content` where no cache holds it."""
-        return await self._encode(medium, content)
+        header = stage_messages.encode_header(medium, prefetch=prefetch)
+        response = await _answer(self._stub.Encode(_encode_requests(header, content), **outgoing()))
+        return stage_messages.encoded(response)
 
-    async def _encode(self, medium: Medium, content: bytes) -> Encoded:
-        call = self._stub.Encode(_encode_requests(medium, content), **outgoing())
-        try:
-            return stage_messages.encoded(await call)
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error, VisionUnavailable) from error
-        finally:
-            call.cancel()  # a call object that is dropped goes on otherwise
+    async def estimate(self, content: bytes, options: PreprocessOptions) -> Estimate:
+        """Return what a picture of these first bytes will take."""
+        request = stage_messages.estimate_request(content, options)
+        return stage_messages.estimate(await _answer(self._stub.Estimate(request, **outgoing())))
+
+    async def erase(self, media_digest: str) -> int:
+        """Remove what was derived from a medium; return how many embeddings the store held."""
+        request = vision_service_pb2.EraseRequest(media_digest=media_digest)
+        response = await _answer(self._stub.Erase(request, **outgoing()))
+        count: int = response.embedding_count
+        return count
 
 
 class LlmClient:
@@ -88,8 +95,20 @@ class LlmClient:
             call.cancel()  # a call object that is dropped goes on otherwise
 
 
-async def _encode_requests(medium: Medium, content: bytes) -> AsyncIterator[vision_service_pb2.EncodeRequest]:
-    yield vision_service_pb2.EncodeRequest(header=stage_messages.encode_header(medium))
+async def _answer(call: Any) -> Any:
+    """Return the vision service's answer to a call, or raise its error in our own words."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise _translated(error, VisionUnavailable) from error
+    finally:
+        call.cancel()  # a call object that is dropped goes on otherwise
+
+
+async def _encode_requests(
+    header: vision_service_pb2.EncodeHeader, content: bytes
+) -> AsyncIterator[vision_service_pb2.EncodeRequest]:
+    yield vision_service_pb2.EncodeRequest(header=header)
     for start in range(0, len(content), CHUNK_BYTES):
         yield vision_service_pb2.EncodeRequest(chunk=content[start : start + CHUNK_BYTES])
 

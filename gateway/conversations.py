@@ -14,10 +14,10 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from gateway.content import Message
-from gateway.hold import Hold
-from gateway.reach import reaching_store
 from gateway.records import ConversationRecord, read_messages, write_message
 from shared.errors import ConversationBusy, ConversationNotFound, InvalidRequest, StoreUnavailable
+from shared.hold import Hold
+from shared.reach import reaching_store
 
 log = structlog.get_logger()
 T = TypeVar("T")

@@ -3,9 +3,11 @@
 from collections.abc import AsyncIterator
 from datetime import datetime
 
+import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from gateway import values
+from gateway.catalogue import Estimate, Prefetched
 from gateway.content import (
     MediaPart,
     Medium,
@@ -35,9 +37,15 @@ from gateway.events import (
 from gateway.media import StoredMedium
 from gateway.prompt import Tool
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
-from internvl_serving.gateway.v1 import chat_service_pb2, content_pb2, conversation_service_pb2, media_service_pb2
+from internvl_serving.gateway.v1 import (
+    batch_service_pb2,
+    chat_service_pb2,
+    content_pb2,
+    conversation_service_pb2,
+    media_service_pb2,
+)
 from shared.digest import checked_digest
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, ServiceError
 from shared.rpc.deadline import request_id
 from shared.rpc.messages import duration_of
 
@@ -74,6 +82,23 @@ def digests(request: media_service_pb2.FindMissingRequest) -> list[str]:
     if len(request.digests) > MAX_DIGESTS:
         raise InvalidRequest(f"At most {MAX_DIGESTS} digests can be asked for at once.", field="digests")
     return [checked_digest(digest, f"digests[{index}]") for index, digest in enumerate(request.digests)]
+
+
+def prefetched_media(request: media_service_pb2.PrefetchRequest) -> list[Medium]:
+    """Return the media whose embeddings are to be made."""
+    if not 1 <= len(request.media) <= MAX_DIGESTS:
+        raise InvalidRequest(f"1 to {MAX_DIGESTS} media can be asked for at once.", field="media")
+    return [_medium(media, f"media[{index}]") for index, media in enumerate(request.media)]
+
+
+def estimated_medium(request: media_service_pb2.EstimateRequest) -> Medium:
+    """Return the picture to estimate."""
+    return _medium(request.media, "media")
+
+
+def deleted_digest(request: media_service_pb2.DeleteMediumRequest) -> str:
+    """Return which medium is to be removed."""
+    return checked_digest(request.digest, "digest")
 
 
 async def upload_digest(requests: AsyncIterator[media_service_pb2.UploadRequest]) -> str:
@@ -197,6 +222,25 @@ def upload_response(stored: StoredMedium) -> media_service_pb2.UploadResponse:
     )
 
 
+def prefetch_response(prefetched: Prefetched) -> media_service_pb2.PrefetchResponse:
+    """Return what became of one medium."""
+    if isinstance(prefetched.outcome, MediaReceipt):
+        return media_service_pb2.PrefetchResponse(index=prefetched.index, receipt=_receipt(prefetched.outcome))
+    return media_service_pb2.PrefetchResponse(index=prefetched.index, error=error_message(prefetched.outcome))
+
+
+def estimate_response(estimate: Estimate) -> media_service_pb2.EstimateResponse:
+    """Return what a picture will take."""
+    return media_service_pb2.EstimateResponse(
+        width=estimate.width,
+        height=estimate.height,
+        columns=estimate.columns,
+        rows=estimate.rows,
+        tile_count=estimate.tiles,
+        token_count=estimate.tokens,
+    )
+
+
 def chat_started(event: Started) -> chat_service_pb2.ChatStarted:
     """Return the message of an answer's beginning; its request id is the current task's."""
     return chat_service_pb2.ChatStarted(
@@ -299,6 +343,14 @@ def _part_message(part: Part) -> content_pb2.Part:
         content_pb2.Part(group=content_pb2.MediaGroup(media=media))
         if part.grouped
         else content_pb2.Part(media=media[0])
+    )
+
+
+def error_message(error: ServiceError) -> batch_service_pb2.BatchError:
+    """Return an error that is one of many outcomes and not that of the call."""
+    code: int = grpc.StatusCode[error.code.value].value[0]
+    return batch_service_pb2.BatchError(
+        code=code, reason=error.reason, message=error.message, field=error.field or "", resource=error.resource or ""
     )
 
 

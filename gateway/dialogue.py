@@ -61,7 +61,7 @@ def check_dialogue(dialogue: Dialogue, limits: Limits) -> None:
     _check_roles(dialogue)
     _check_counts(dialogue, limits)
     for placed in dialogue.placed_media:
-        _check_content(placed, limits)
+        check_medium(placed, limits)
     if dialogue.new[-1].role is Role.USER and dialogue.new[-1].is_empty:  # a tool may have nothing to say
         raise EmptyMessage("The message to answer has neither text nor media.", field=_last_field(dialogue))
 
@@ -136,7 +136,8 @@ def _check_counts(dialogue: Dialogue, limits: Limits) -> None:
         raise InvalidRequest(f"A dialogue has at most {limits.media} media.", field="messages")
 
 
-def _check_content(placed: PlacedMedium, limits: Limits) -> None:
+def check_medium(placed: PlacedMedium, limits: Limits) -> None:
+    """Raise `InvalidRequest` unless a medium's bytes, where it brings them, and its options can be meant."""
     _check_video(placed)
     content = placed.medium.content
     if content is None:

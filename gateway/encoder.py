@@ -4,37 +4,45 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from gateway.content import Medium
 from gateway.dialogue import PlacedMedium
-from gateway.events import Encoded
+from gateway.events import CacheTier, Encoded
 from gateway.media import MediaLibrary
 from shared.errors import InvalidRequest, QueueFull, VisionUnavailable
+from shared.lru import LruCache
 from shared.rpc.deadline import remaining_s
 
 T = TypeVar("T")
+_EARLIER_HANDLES = 10_000
 _RETRY_S = 1.0  # where a full service does not say when to come again
 
 
 class Vision(Protocol):
     """The vision service. Both methods raise what it answers, `VisionUnavailable` when it cannot be reached."""
 
-    async def find(self, medium: Medium) -> Encoded | None:
+    async def find(self, medium: Medium, *, prefetch: bool = False) -> Encoded | None:
         """Return the medium's embedding if a cache holds it; None: its bytes are needed."""
 
-    async def encode(self, medium: Medium, content: bytes) -> Encoded:
-        """Return the medium's embedding, made from `content` where no cache holds it."""
+    async def encode(self, medium: Medium, content: bytes, *, prefetch: bool = False) -> Encoded:
+        """Return the medium's embedding, made from `content` where no cache holds it.
+
+        `prefetch`: after everything that somebody waits for.
+        """
 
 
 class MediaEncoder:
     """Turns the media of a dialogue into embeddings, `parallel` at a time.
 
     A vision service that is full is asked again, for `patience_s` after the last of the dialogue's media went through.
+    Where none can be reached, a handle from earlier may do: the embedding store may well have the embedding still.
     """
 
     def __init__(self, vision: Vision, library: MediaLibrary, parallel: int, patience_s: float = 10.0) -> None:
         self._vision = vision
+        self._earlier = LruCache[Medium, Encoded](_EARLIER_HANDLES, lambda encoded: 1)
         self._library = library
         self._parallel = parallel
         self._patience_s = patience_s
@@ -55,7 +63,7 @@ class MediaEncoder:
 
     async def encode_again(self, media: Sequence[PlacedMedium]) -> dict[Medium, Encoded]:
         """Return the embeddings anew, sending the bytes whether or not a cache claims to hold the embedding."""
-        return await self._each(media, self._encode_content)
+        return await self._each(media, self._encode_anew)
 
     async def _each(
         self, media: Sequence[PlacedMedium], encode: Callable[[Medium], Awaitable[Encoded]]
@@ -66,14 +74,37 @@ class MediaEncoder:
 
         async def encode_one(placed: PlacedMedium) -> Encoded:
             async with room:
-                with _placing_errors(placed.field):
-                    return await queue.passed(lambda: _repeated(lambda: encode(placed.medium)))
+                with placing_errors(placed.field):
+                    return await queue.passed(lambda: encode(placed.medium))
 
         results = await all_or_first_error([encode_one(placed) for placed in distinct])
         return {placed.medium: encoded for placed, encoded in zip(distinct, results, strict=True)}
 
+    async def prefetch(self, placed: PlacedMedium) -> Encoded:
+        """Return the embedding of a medium that nobody waits for; raises as `encode` does."""
+        with placing_errors(placed.field):
+            return await _Queue(self._patience_s).passed(lambda: _repeated(lambda: self._prefetch(placed.medium)))
+
+    async def _prefetch(self, medium: Medium) -> Encoded:
+        found = await self._vision.find(medium, prefetch=True)
+        return found or await self._vision.encode(medium, await self._library.content_of(medium), prefetch=True)
+
     async def _encode(self, medium: Medium) -> Encoded:
+        try:
+            encoded = await _repeated(lambda: self._found_or_encoded(medium))
+        except VisionUnavailable:
+            earlier = self._earlier.get(replace(medium, content=None))
+            if earlier is None:
+                raise
+            return replace(earlier, cache_tier=CacheTier.LOCAL)
+        self._earlier.put(replace(medium, content=None), encoded)
+        return encoded
+
+    async def _found_or_encoded(self, medium: Medium) -> Encoded:
         return await self._vision.find(medium) or await self._encode_content(medium)
+
+    async def _encode_anew(self, medium: Medium) -> Encoded:
+        return await _repeated(lambda: self._encode_content(medium))
 
     async def _encode_content(self, medium: Medium) -> Encoded:
         return await self._vision.encode(medium, await self._library.content_of(medium))
@@ -137,12 +168,13 @@ async def _repeated(encode: Callable[[], Awaitable[Encoded]]) -> Encoded:
 
 
 @contextmanager
-def _placing_errors(field: str) -> Iterator[None]:
+def placing_errors(field: str) -> Iterator[None]:
+    """Say of what the vision service refuses which field of our own request it came in."""
     try:
         yield
     except InvalidRequest as error:
-        # `header.options.X` of the vision service is `options.X` of the medium here.
-        _, is_option, option = (error.field or "").partition("header.options")
+        # `header.options.X` or `options.X` of the vision service is `options.X` of the medium here.
+        _, is_option, option = (error.field or "").partition("options")
         raise type(error)(error.message, field=f"{field}.options{option}" if is_option else field) from error
 
 

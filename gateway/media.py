@@ -13,14 +13,15 @@ from redis.asyncio import Redis
 
 from gateway.content import MediaPart, Medium, Message, Part
 from gateway.dialogue import Dialogue
-from gateway.reach import reaching_store
 from shared.digest import digest_of
 from shared.errors import MediaDigestMismatch, MediaNotFound, MediaTooLarge, MediaUnreadable, StoreUnavailable
 from shared.lru import LruCache
+from shared.reach import reaching_store
 from shared.store import CircuitBreaker
 
 log = structlog.get_logger()
 MAX_CHUNK_BYTES = 2 << 20  # larger values make Redis stall for everybody
+DELETED_CHANNEL = "ivl:deleted-media"
 _HASHED_ON_LOOP_BYTES = 1 << 20  # more would hold up every stream of the process
 
 
@@ -48,8 +49,11 @@ class MediaStore(Protocol):
     async def touch(self, digests: Collection[str], ttl_s: int | None = None) -> None:
         """Keep those of `digests` that are held for at least `ttl_s` more."""
 
+    async def delete(self, digest: str) -> None:
+        """Remove the bytes, and tell every process that holds them."""
 
-class LocalMediaCache(LruCache[bytes]):
+
+class LocalMediaCache(LruCache[str, bytes]):
     """Bytes of media in this process's memory. One loop only."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -109,6 +113,14 @@ class RedisMediaStore:
     async def touch(self, digests: Collection[str], ttl_s: int | None = None) -> None:
         """Keep those of `digests` that are held for at least `ttl_s` more."""
         await self._extend(await self._manifests(digests), max(ttl_s or 0, self._ttl_s))
+
+    async def delete(self, digest: str) -> None:
+        """Remove the bytes, and tell every process that holds them."""
+        manifest = (await self._manifests([digest])).get(digest)
+        keys = _keys(digest, manifest) if manifest else [_key(digest)]
+        with reaching_store():
+            await self._redis.unlink(*keys)
+            await self._redis.publish(DELETED_CHANNEL, digest)
 
     async def _manifests(self, digests: Collection[str]) -> dict[str, _Manifest]:
         if not digests:
@@ -183,6 +195,19 @@ class MediaLibrary:
         self._cache.put(medium.digest, content)
         return content
 
+    async def delete(self, digest: str) -> None:
+        """Remove the medium's bytes everywhere; raise `StoreUnavailable`."""
+        self.forget(digest)
+        await self._store.delete(digest)
+
+    def forget(self, digest: str) -> None:
+        """Remove the medium's bytes from this process's memory."""
+        self._cache.delete(digest)
+
+    def forget_all(self) -> None:
+        """Remove all bytes from this process's memory."""
+        self._cache.clear()
+
     async def store(self, contents: Mapping[str, bytes], named: Collection[str], ttl_s: int) -> None:
         """Have the store hold `contents`, and those of `named` that it has, for `ttl_s`; raise `StoreUnavailable`."""
         for digest in await self._store.find_missing(list(contents)) if contents else ():
@@ -230,9 +255,10 @@ class MediaLibrary:
     async def _identified_part(self, part: Part) -> Part:
         if not isinstance(part, MediaPart):
             return part
-        return replace(part, media=tuple([await self._identified_medium(medium) for medium in part.media]))
+        return replace(part, media=tuple([await self.identify_medium(medium) for medium in part.media]))
 
-    async def _identified_medium(self, medium: Medium) -> Medium:
+    async def identify_medium(self, medium: Medium) -> Medium:
+        """Return the medium with its digest; where its bytes came along, remember them."""
         if medium.content is None:
             return medium
         digest = await hash_content(medium.content)

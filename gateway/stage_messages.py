@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from gateway import values
-from gateway.content import Medium, ToolCall
+from gateway.catalogue import Estimate
+from gateway.content import Medium, PreprocessOptions, ToolCall
 from gateway.events import (
     CandidateResult,
     Delta,
@@ -26,9 +27,16 @@ from shared.rpc.messages import seconds_of
 # What the stages get.
 
 
-def encode_header(medium: Medium) -> vision_service_pb2.EncodeHeader:
+def encode_header(medium: Medium, *, prefetch: bool) -> vision_service_pb2.EncodeHeader:
     """Return the header that asks for the medium's embedding."""
-    return vision_service_pb2.EncodeHeader(media_digest=medium.digest, options=values.options_message(medium.options))
+    return vision_service_pb2.EncodeHeader(
+        media_digest=medium.digest, options=values.options_message(medium.options), prefetch=prefetch
+    )
+
+
+def estimate_request(content: bytes, options: PreprocessOptions) -> vision_service_pb2.EstimateRequest:
+    """Return the message that asks what a picture will take."""
+    return vision_service_pb2.EstimateRequest(content=content, options=values.options_message(options))
 
 
 def generate_request(request: GenerateRequest) -> llm_service_pb2.GenerateRequest:
@@ -94,6 +102,18 @@ def encoded(response: vision_service_pb2.EncodeResponse) -> Encoded:
         preprocess_s=seconds_of(response.preprocess_duration),
         encode_s=seconds_of(response.encode_duration),
         frames=tuple(VideoFrame(frame.index, frame.time_seconds) for frame in response.frames),
+    )
+
+
+def estimate(response: vision_service_pb2.EstimateResponse) -> Estimate:
+    """Return what a picture will take."""
+    return Estimate(
+        response.width,
+        response.height,
+        response.columns,
+        response.rows,
+        response.tile_count,
+        response.token_count,
     )
 
 

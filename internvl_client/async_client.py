@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -12,24 +12,21 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from internvl_client import convert
 from internvl_client.async_batches import AsyncBatch
-from internvl_client.batches import CANCEL_TIMEOUT_S, Outcome, Progress, missing_result
+from internvl_client.async_media import AsyncMediaCalls
+from internvl_client.batches import CANCEL_TIMEOUT_S, Outcome, missing_result
 from internvl_client.channel import CHANNEL_OPTIONS, CallScope
-from internvl_client.content import Media, Message, Part
+from internvl_client.content import Image, Media, Message, Part
 from internvl_client.errors import InternVLError, NotFoundError, translated
-from internvl_client.plan import (
-    MAX_DIGESTS_PER_REQUEST,
-    AnswerCollector,
-    ChatPlan,
-    KnownDigests,
-    plan_batch,
-    plan_chat,
-)
+from internvl_client.plan import AnswerCollector, ChatPlan, plan_batch, plan_chat
 from internvl_client.types import (
     Answer,
     ChatEvent,
     ChatOptions,
     ConversationInfo,
     Delta,
+    Estimate,
+    Prefetched,
+    Progress,
     Started,
     TurnOptions,
     UploadedMedia,
@@ -39,8 +36,6 @@ from internvl_serving.gateway.v1 import (
     chat_service_pb2_grpc,
     conversation_service_pb2,
     conversation_service_pb2_grpc,
-    media_service_pb2,
-    media_service_pb2_grpc,
 )
 
 RequestT = TypeVar("RequestT")
@@ -144,9 +139,8 @@ class AsyncClient:
         )
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
         self._conversations = conversation_service_pb2_grpc.ConversationServiceStub(self._channel)
-        self._media = media_service_pb2_grpc.MediaServiceStub(self._channel)
+        self._media = AsyncMediaCalls(self._channel, address)
         self._batches = batch_service_pb2_grpc.BatchServiceStub(self._channel)
-        self._known = KnownDigests()
 
     async def __aenter__(self) -> Self:
         return self
@@ -218,8 +212,7 @@ class AsyncClient:
         plan = plan_batch(items, options, concurrency, ttl_s)
         scope = self._scope(options.get("timeout_s"), options.get("request_id"))
         # An item could not be mended as a chat can, so what the server is believed to hold is asked about again.
-        self._known.discard(plan.uploads)
-        await self._provide(plan.uploads, scope)
+        await self._media.provide(plan.uploads, scope, anew=True)
         response = await self._unary(self._batches.CreateBatch, plan.request, scope)
         return AsyncBatch(self, response.batch.batch_id, scope.request_id)
 
@@ -241,13 +234,43 @@ class AsyncClient:
 
     async def find_missing(self, digests: Sequence[str], *, timeout_s: float | None = None) -> list[str]:
         """Return those of `digests` whose bytes the server does not hold."""
-        return await self._find_missing(digests, self._scope(timeout_s))
+        return await self._media.find_missing(digests, self._scope(timeout_s))
 
     async def upload(self, medium: Media, *, timeout_s: float | None = None) -> UploadedMedia:
         """Upload a medium whether or not the server holds it; raise `ValueError` when its bytes are not known."""
         if medium.content is None:
             raise ValueError("A medium made from a digest has no bytes to upload.")
-        return await self._upload(medium.digest, medium.content, self._scope(timeout_s))
+        return await self._media.upload(medium.digest, medium.content, self._scope(timeout_s))
+
+    async def prefetch(
+        self,
+        media: Iterable[Media],
+        *,
+        on_progress: Progress | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> list[Prefetched]:
+        """Have the embeddings of media made before anybody asks about them; nobody who waits is held up by it.
+
+        Returns what became of each, in their order: a receipt, or the error of that medium. `on_progress` is told how
+        many are done, and of how many. What fails for all of them, such as a deadline, is raised; what has been done
+        until then stays done, and a call that is left ends what has not begun.
+        """
+        return await self._media.prefetch(media, on_progress, self._scope(timeout_s, request_id))
+
+    async def estimate(self, medium: Image, *, timeout_s: float | None = None) -> Estimate:
+        """Return how many tiles and visual tokens a picture will take. It is not decoded, so it may still be damaged.
+
+        The first 64 KiB are sent, and more where those do not say it. Without bytes the server must hold them.
+        """
+        return await self._media.estimate(medium, self._scope(timeout_s))
+
+    async def delete_medium(self, medium_or_digest: Media | str, *, timeout_s: float | None = None) -> int:
+        """Have the server forget a medium: its bytes, and every embedding made of them, in all caches.
+
+        Returns how many embeddings the embedding store held. A call that failed may have removed some; repeat it.
+        """
+        return await self._media.delete(medium_or_digest, self._scope(timeout_s))
 
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Return whether the gateway says that it serves; raise `UnavailableError` when nobody answers."""
@@ -263,7 +286,7 @@ class AsyncClient:
         return AsyncEventStream(self._events(plan, scope), scope.request_id)
 
     async def _events(self, plan: ChatPlan, scope: CallScope) -> AsyncGenerator[ChatEvent, None]:
-        await self._provide(plan.uploads, scope)
+        await self._media.provide(plan.uploads, scope)
         try:
             async with aclosing(self._attempt(plan, scope)) as events:
                 async for event in events:
@@ -271,8 +294,7 @@ class AsyncClient:
         except NotFoundError as error:
             if not plan.mends(error):
                 raise
-            self._known.discard(plan.held)
-            await self._provide(plan.held, scope)
+            await self._media.provide(plan.held, scope, anew=True)
             async with aclosing(self._attempt(plan, scope)) as events:
                 async for event in events:
                     yield event
@@ -286,26 +308,6 @@ class AsyncClient:
                         yield event
         finally:
             call.cancel()
-
-    async def _provide(self, contents: Mapping[str, bytes], scope: CallScope) -> None:
-        unknown = self._known.unknown(contents)
-        if not unknown:
-            return
-        for digest in await self._find_missing(unknown, scope):
-            await self._upload(digest, contents[digest], scope)
-        self._known.add(unknown)
-
-    async def _find_missing(self, digests: Sequence[str], scope: CallScope) -> list[str]:
-        missing: list[str] = []
-        for start in range(0, len(digests), MAX_DIGESTS_PER_REQUEST):
-            request = media_service_pb2.FindMissingRequest(digests=digests[start : start + MAX_DIGESTS_PER_REQUEST])
-            missing += (await self._unary(self._media.FindMissing, request, scope)).missing_digests
-        return missing
-
-    async def _upload(self, digest: str, content: bytes, scope: CallScope) -> UploadedMedia:
-        with translated(self.address, scope.request_id):
-            response = await self._media.Upload(convert.upload_requests(digest, content), **scope.options())
-        return convert.uploaded_of(response)
 
     async def _unary(
         self, method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, scope: CallScope

@@ -29,11 +29,15 @@ def outcome_of(result: batch_service_pb2.BatchResult, request_id: str) -> Answer
     """Return what became of an item; `request_id` is that of the call that made the batch, where it is known."""
     item_id = _item_request_id(request_id, result.item_index) if request_id else ""
     if result.WhichOneof("outcome") == "error":
-        error = result.error
-        return error_of_item(
-            error.code, error.reason, error.message, field=error.field, resource=error.resource, request_id=item_id
-        )
+        return error_of(result.error, item_id)
     return _answer_of(result.answer, item_id)
+
+
+def error_of(error: batch_service_pb2.BatchError, request_id: str) -> InternVLError:
+    """Return the error that one item of many ended with."""
+    return error_of_item(
+        error.code, error.reason, error.message, field=error.field, resource=error.resource, request_id=request_id
+    )
 
 
 def _answer_of(answer: batch_service_pb2.BatchAnswer, request_id: str) -> Answer:

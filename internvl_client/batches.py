@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from internvl_client import batch_convert
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from internvl_client.client import Client
 
 Outcome: TypeAlias = Answer | InternVLError
-Progress: TypeAlias = Callable[[int, int], object]
 # A gateway that is lost takes nothing with it: another goes on. So a stream of results is opened again a few times.
 MAX_LOSSES: Final = 5
 LOSS_PAUSE_S: Final = 1.0

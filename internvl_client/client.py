@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -11,24 +11,21 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from internvl_client import convert
-from internvl_client.batches import CANCEL_TIMEOUT_S, Batch, Outcome, Progress, missing_result
+from internvl_client.batches import CANCEL_TIMEOUT_S, Batch, Outcome, missing_result
 from internvl_client.channel import CHANNEL_OPTIONS, CallScope
-from internvl_client.content import Media, Message, Part
+from internvl_client.content import Image, Media, Message, Part
 from internvl_client.errors import InternVLError, NotFoundError, translated
-from internvl_client.plan import (
-    MAX_DIGESTS_PER_REQUEST,
-    AnswerCollector,
-    ChatPlan,
-    KnownDigests,
-    plan_batch,
-    plan_chat,
-)
+from internvl_client.media import MediaCalls
+from internvl_client.plan import AnswerCollector, ChatPlan, plan_batch, plan_chat
 from internvl_client.types import (
     Answer,
     ChatEvent,
     ChatOptions,
     ConversationInfo,
     Delta,
+    Estimate,
+    Prefetched,
+    Progress,
     Started,
     TurnOptions,
     UploadedMedia,
@@ -38,8 +35,6 @@ from internvl_serving.gateway.v1 import (
     chat_service_pb2_grpc,
     conversation_service_pb2,
     conversation_service_pb2_grpc,
-    media_service_pb2,
-    media_service_pb2_grpc,
 )
 
 RequestT = TypeVar("RequestT")
@@ -139,9 +134,8 @@ class Client:
         )
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
         self._conversations = conversation_service_pb2_grpc.ConversationServiceStub(self._channel)
-        self._media = media_service_pb2_grpc.MediaServiceStub(self._channel)
+        self._media = MediaCalls(self._channel, address)
         self._batches = batch_service_pb2_grpc.BatchServiceStub(self._channel)
-        self._known = KnownDigests()
 
     def __enter__(self) -> Self:
         return self
@@ -211,8 +205,7 @@ class Client:
         plan = plan_batch(items, options, concurrency, ttl_s)
         scope = self._scope(options.get("timeout_s"), options.get("request_id"))
         # An item could not be mended as a chat can, so what the server is believed to hold is asked about again.
-        self._known.discard(plan.uploads)
-        self._provide(plan.uploads, scope)
+        self._media.provide(plan.uploads, scope, anew=True)
         response = self._unary(self._batches.CreateBatch, plan.request, scope)
         return Batch(self, response.batch.batch_id, scope.request_id)
 
@@ -234,13 +227,43 @@ class Client:
 
     def find_missing(self, digests: Sequence[str], *, timeout_s: float | None = None) -> list[str]:
         """Return those of `digests` whose bytes the server does not hold."""
-        return self._find_missing(digests, self._scope(timeout_s))
+        return self._media.find_missing(digests, self._scope(timeout_s))
 
     def upload(self, medium: Media, *, timeout_s: float | None = None) -> UploadedMedia:
         """Upload a medium whether or not the server holds it; raise `ValueError` when its bytes are not known."""
         if medium.content is None:
             raise ValueError("A medium made from a digest has no bytes to upload.")
-        return self._upload(medium.digest, medium.content, self._scope(timeout_s))
+        return self._media.upload(medium.digest, medium.content, self._scope(timeout_s))
+
+    def prefetch(
+        self,
+        media: Iterable[Media],
+        *,
+        on_progress: Progress | None = None,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> list[Prefetched]:
+        """Have the embeddings of media made before anybody asks about them; nobody who waits is held up by it.
+
+        Returns what became of each, in their order: a receipt, or the error of that medium. `on_progress` is told how
+        many are done, and of how many. What fails for all of them, such as a deadline, is raised; what has been done
+        until then stays done, and a call that is left ends what has not begun.
+        """
+        return self._media.prefetch(media, on_progress, self._scope(timeout_s, request_id))
+
+    def estimate(self, medium: Image, *, timeout_s: float | None = None) -> Estimate:
+        """Return how many tiles and visual tokens a picture will take. It is not decoded, so it may still be damaged.
+
+        The first 64 KiB are sent, and more where those do not say it. Without bytes the server must hold them.
+        """
+        return self._media.estimate(medium, self._scope(timeout_s))
+
+    def delete_medium(self, medium_or_digest: Media | str, *, timeout_s: float | None = None) -> int:
+        """Have the server forget a medium: its bytes, and every embedding made of them, in all caches.
+
+        Returns how many embeddings the embedding store held. A call that failed may have removed some; repeat it.
+        """
+        return self._media.delete(medium_or_digest, self._scope(timeout_s))
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Return whether the gateway says that it serves; raise `UnavailableError` when nobody answers."""
@@ -255,14 +278,13 @@ class Client:
         return EventStream(self._events(plan, scope), scope.request_id)
 
     def _events(self, plan: ChatPlan, scope: CallScope) -> Generator[ChatEvent, None, None]:
-        self._provide(plan.uploads, scope)
+        self._media.provide(plan.uploads, scope)
         try:
             yield from self._attempt(plan, scope)
         except NotFoundError as error:
             if not plan.mends(error):
                 raise
-            self._known.discard(plan.held)
-            self._provide(plan.held, scope)
+            self._media.provide(plan.held, scope, anew=True)
             yield from self._attempt(plan, scope)
 
     def _attempt(self, plan: ChatPlan, scope: CallScope) -> Generator[ChatEvent, None, None]:
@@ -274,26 +296,6 @@ class Client:
                         yield event
         finally:
             call.cancel()
-
-    def _provide(self, contents: Mapping[str, bytes], scope: CallScope) -> None:
-        unknown = self._known.unknown(contents)
-        if not unknown:
-            return
-        for digest in self._find_missing(unknown, scope):
-            self._upload(digest, contents[digest], scope)
-        self._known.add(unknown)
-
-    def _find_missing(self, digests: Sequence[str], scope: CallScope) -> list[str]:
-        missing: list[str] = []
-        for start in range(0, len(digests), MAX_DIGESTS_PER_REQUEST):
-            request = media_service_pb2.FindMissingRequest(digests=digests[start : start + MAX_DIGESTS_PER_REQUEST])
-            missing += self._unary(self._media.FindMissing, request, scope).missing_digests
-        return missing
-
-    def _upload(self, digest: str, content: bytes, scope: CallScope) -> UploadedMedia:
-        with translated(self.address, scope.request_id):
-            response = self._media.Upload(convert.upload_requests(digest, content), **scope.options())
-        return convert.uploaded_of(response)
 
     def _unary(
         self, method: grpc.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, scope: CallScope

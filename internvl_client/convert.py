@@ -167,7 +167,8 @@ def _part(part: Part, inline: frozenset[str]) -> content_pb2.Part:
     return content_pb2.Part(media=_media(part, inline))
 
 
-def _media(medium: Media, inline: frozenset[str]) -> content_pb2.Media:
+def media_message(medium: Media, content: bytes | None) -> content_pb2.Media:
+    """Return the message that brings `content`, or else names the medium by its digest."""
     options = embedding_pb2.PreprocessOptions(
         max_tiles=medium.max_tiles,
         thumbnail=medium.thumbnail,
@@ -177,9 +178,13 @@ def _media(medium: Media, inline: frozenset[str]) -> content_pb2.Media:
         if isinstance(medium, Video)
         else None,
     )
-    if medium.content is not None and medium.digest in inline:
-        return content_pb2.Media(inline=medium.content, options=options)
+    if content is not None:
+        return content_pb2.Media(inline=content, options=options)
     return content_pb2.Media(digest=medium.digest, options=options)
+
+
+def _media(medium: Media, inline: frozenset[str]) -> content_pb2.Media:
+    return media_message(medium, medium.content if medium.digest in inline else None)
 
 
 def _tool(tool: Tool) -> generation_pb2.Tool:
@@ -217,7 +222,7 @@ def finished_of(finished: chat_service_pb2.ChatFinished) -> Finished:
         _FINISH_REASONS.get(finished.finish_reason, FinishReason.UNSPECIFIED),
         Usage(usage.prompt_token_count, usage.visual_token_count, usage.cached_token_count, usage.output_token_count),
         _timings(finished.timings),
-        tuple(_receipt(receipt) for receipt in finished.receipts),
+        tuple(map(receipt_of, finished.receipts)),
         finished.message_id,
         tuple(map(_candidate_of, finished.candidates)),
         finished.best_candidate_index,
@@ -254,7 +259,8 @@ def _timings(timings: chat_service_pb2.ChatTimings) -> Timings:
     )
 
 
-def _receipt(receipt: chat_service_pb2.MediaReceipt) -> Receipt:
+def receipt_of(receipt: chat_service_pb2.MediaReceipt) -> Receipt:
+    """Return what a medium cost."""
     return Receipt(
         media_digest=receipt.media_digest,
         num_tiles=receipt.tile_count,

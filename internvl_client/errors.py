@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 ERROR_DOMAIN = "internvl-serving"
 MEDIA_NOT_FOUND = "MEDIA_NOT_FOUND"
+MEDIA_UNREADABLE = "MEDIA_UNREADABLE"
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -165,7 +166,7 @@ def error_of(error: grpc.RpcError, address: str, request_id: str) -> InternVLErr
 def error_of_item(
     number: int, reason: str, message: str, *, field: str, resource: str, request_id: str
 ) -> InternVLError:
-    """Return the error that an item of a batch ended with; `number` is the canonical status code."""
+    """Return the error that one item of many ended with; `number` is the canonical status code."""
     code = next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
     return _kind_of(code)(
         message, code=code, reason=reason, field=field or None, resource=resource or None, request_id=request_id

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeAlias, TypedDict
 
 from internvl_client.content import Message, Tool, ToolCall
+from internvl_client.errors import InternVLError
+
+Progress: TypeAlias = Callable[[int, int], object]
 
 
 class FinishReason(StrEnum):
@@ -153,7 +156,7 @@ class VideoFrame:
 class Receipt:
     """What one medium cost. `columns` x `rows` is its tile grid; `num_tiles` counts thumbnails too.
 
-    `frames` are those of a video that were seen, in order.
+    `frames` are those of a video that were seen, in order. One of a prefetch has no transfer: no model has read it yet.
     """
 
     media_digest: str
@@ -173,6 +176,24 @@ class Receipt:
     def cache_hit(self) -> bool:
         """Whether a cache held the embedding, so that nothing was encoded for this turn."""
         return self.cache_tier is not CacheTier.NONE
+
+
+Prefetched: TypeAlias = Receipt | InternVLError
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a picture of `width` x `height` pixels will take, if it is whole.
+
+    `columns` x `rows` is its tile grid; `num_tiles` counts the thumbnail too.
+    """
+
+    width: int
+    height: int
+    columns: int
+    rows: int
+    num_tiles: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

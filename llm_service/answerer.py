@@ -16,6 +16,7 @@ from llm_service.embeddings import EmbeddingReader, FetchedEmbedding
 from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import Engine
 from llm_service.engine.sequence import Constraint, EngineRequest, FinishReason, SamplingParams, TokenOutput
+from llm_service.metrics import UNOBSERVED, LlmMetrics
 from llm_service.prompt.dialogue import Dialogue, EmbeddingRef
 from llm_service.prompt.positions import ORDINARY_STRIDE, positions
 from llm_service.prompt.splice import PromptTokens
@@ -23,10 +24,12 @@ from llm_service.prompt.text_stream import TextStream
 from llm_service.prompt.writer import PromptWriter
 from llm_service.schema.compiler import SchemaCompiler
 from llm_service.scoring import probe_of
+from shared.embedding import Embedding
 from shared.errors import EmbeddingIncompatible, PromptTooLong
 from shared.tensors import tensor_of
 
 log = structlog.get_logger()
+_INLINE_BYTES = 256 << 10  # of an embedding that is converted on the event loop; larger ones go to a thread
 _INLINE_CHARACTERS = 8_192  # what is tokenized on the event loop; longer prompts go to a thread
 _CHARACTERS_PER_TOKEN = 16  # far above what any language needs; text with more cannot fit and is not even tokenized
 
@@ -95,6 +98,7 @@ class Answerer:
         reader: EmbeddingReader,
         engine: Engine,
         admission: Admission,
+        metrics: LlmMetrics = UNOBSERVED,
     ) -> None:
         self.facts = facts
         self._writer = writer
@@ -102,6 +106,7 @@ class Answerer:
         self._reader = reader
         self._engine = engine
         self._admission = admission
+        self._metrics = metrics
         # One thread: long prompts wait for one another and not for the event loop.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
 
@@ -122,6 +127,7 @@ class Answerer:
         Raises `QueueFull` at once where too many answers are in progress or too many schemas wait to be checked,
         `InvalidJsonSchema`, and what `tokenize` and the engine raise.
         """
+        clock = _Clock(self._metrics)
         with self._admission.answer(options.num_candidates):
             prompt = await self.tokenize(dialogue)
             self._check_length(len(prompt.ids))
@@ -130,7 +136,7 @@ class Answerer:
                 fetched = await self._fetch(prompt)
                 request = EngineRequest(
                     prompt,
-                    self._tensors(prompt, fetched),
+                    await self._tensors(prompt, fetched),
                     options.sampling,
                     num_candidates=options.num_candidates,
                     constraint=constraint,
@@ -138,7 +144,7 @@ class Answerer:
                 )
                 yield Started(prompt)
                 decode = self._decode if options.num_beams == 1 else self._search
-                async with aclosing(decode(request, options, dialogue)) as events:
+                async with aclosing(decode(request, options, dialogue, clock)) as events:
                     async for event in events:
                         if isinstance(event, Finished):
                             event = replace(event, transfers=tuple(fetched.values()))
@@ -155,16 +161,16 @@ class Answerer:
             self._check_length(len(prompt.ids))
             probe = probe_of(self._writer, dialogue, prompt, choices)
             async with self._admission.embeddings(self._embedding_bytes(prompt)):
-                tensors = self._tensors(prompt, await self._fetch(prompt))
+                tensors = await self._tensors(prompt, await self._fetch(prompt))
                 request = EngineRequest(prompt, tensors, SamplingParams(max_output_tokens=1), probe=probe)
                 return (await self._engine.probe(request)).probabilities
 
     async def _decode(
-        self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue
+        self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue, clock: "_Clock"
     ) -> AsyncGenerator[Delta | Finished]:
         candidates = [self._candidate(index, options, dialogue) for index in range(options.num_candidates)]
         ended: set[int] = set()
-        clock = _Clock()
+        clock.begin()
         async with aclosing(self._engine.generate(request, ended)) as outputs:
             async for output in outputs:
                 clock.note(output)
@@ -177,9 +183,9 @@ class Answerer:
         yield clock.finished([candidate.result() for candidate in candidates])
 
     async def _search(
-        self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue
+        self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue, clock: "_Clock"
     ) -> AsyncGenerator[Delta | Finished]:
-        clock = _Clock()
+        clock.begin()
         token_ids = await beam_search(self._engine, request, options.num_beams)
         reason = FinishReason.STOP if token_ids[-1] in options.sampling.stop_token_ids else FinishReason.LENGTH
         candidate = self._candidate(0, options, dialogue)
@@ -196,12 +202,19 @@ class Answerer:
     async def _fetch(self, prompt: PromptTokens) -> _Fetched:
         """Return the prompt's embeddings, each fetched once, in the order of their first appearance."""
         refs = list(dict.fromkeys(placeholder.ref for placeholder in prompt.placeholders))
-        return dict(zip(refs, await asyncio.gather(*map(self._reader.read, refs)), strict=True))
+        fetched = await asyncio.gather(*map(self._reader.read, refs))
+        self._metrics.note_fetched(fetched)
+        return dict(zip(refs, fetched, strict=True))
 
-    def _tensors(self, prompt: PromptTokens, fetched: _Fetched) -> tuple[torch.Tensor, ...]:
+    async def _tensors(self, prompt: PromptTokens, fetched: _Fetched) -> tuple[torch.Tensor, ...]:
         """Return the rows of each placeholder; those of one embedding share its memory."""
-        whole = {ref: tensor_of(entry.embedding).to(self.facts.dtype) for ref, entry in fetched.items()}
+        whole = {ref: await self._tensor(entry.embedding) for ref, entry in fetched.items()}
         return tuple(whole[place.ref][place.offset : place.offset + place.length] for place in prompt.placeholders)
+
+    async def _tensor(self, embedding: Embedding) -> torch.Tensor:
+        if embedding.info.size_bytes <= _INLINE_BYTES:
+            return tensor_of(embedding, self.facts.dtype)
+        return await asyncio.to_thread(tensor_of, embedding, self.facts.dtype)
 
     def _candidate(self, index: int, options: GenerationOptions, dialogue: Dialogue) -> Candidate:
         return Candidate(
@@ -260,20 +273,28 @@ def _positions(prompt: PromptTokens, stride: int) -> torch.Tensor | None:
 
 
 class _Clock:
-    """Collects the timing of one answer."""
+    """Collects the timing of one answer, from the call's arrival on."""
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
+    def __init__(self, metrics: LlmMetrics) -> None:
+        self._metrics = metrics
+        self._arrived = self._began = time.monotonic()
         self._queue_s = self._prefill_s = 0.0
         self._first_token_time: float | None = None
+
+    def begin(self) -> None:
+        """Note that the engine is asked."""
+        self._began = time.monotonic()
 
     def note(self, output: TokenOutput) -> None:
         if self._first_token_time is None:
             self._first_token_time = time.monotonic()
             self._queue_s, self._prefill_s = output.queue_s or 0.0, output.prefill_s or 0.0
+            self._metrics.note_first_token(self._queue_s, self._prefill_s, self._first_token_time - self._arrived)
 
     def finished(self, candidates: list[CandidateResult]) -> Finished:
         decode_s = time.monotonic() - (self._first_token_time or self._began)
         likeliest = max(candidates, key=lambda candidate: candidate.mean_logprob)
-        num_tokens = sum(candidate.num_output_tokens for candidate in candidates)
-        return Finished(likeliest.reason, num_tokens, self._queue_s, self._prefill_s, decode_s, tuple(candidates))
+        counts = [candidate.num_output_tokens for candidate in candidates]
+        if self._first_token_time is not None:  # there is none in a search over beams
+            self._metrics.note_decoded(decode_s, max(counts))
+        return Finished(likeliest.reason, sum(counts), self._queue_s, self._prefill_s, decode_s, tuple(candidates))

@@ -18,6 +18,7 @@ from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.model_runner import ModelRunner
 from llm_service.engine.sequence import EngineRequest, SamplingParams
+from llm_service.metrics import LlmMetrics
 from llm_service.model.attention import KVCache
 from llm_service.model.decoder import Decoder
 from llm_service.model.loader import LoadSettings, load_decoder
@@ -29,9 +30,15 @@ from llm_service.schema.compiler import SchemaCompiler
 from llm_service.servicer import LlmServicer
 from llm_service.settings import LlmSettings
 from shared.checkpoint import InternVLConfig, read_config, read_json
+from shared.erasures import heeding_erasures
 from shared.errors import CheckpointError
+from shared.local_cache import LocalEmbeddingCache
+from shared.metrics import NO_METRICS, Registry
+from shared.redis_link import open_link
+from shared.rpc.handles import HandleSigner
 from shared.rpc.server import Application
-from shared.store import LocalEmbeddingCache, connect_redis, open_embedding_store
+from shared.store import open_embedding_store
+from shared.store_metrics import StoreMetrics
 from shared.tensors import resolve_device, resolve_dtype
 
 log = structlog.get_logger()
@@ -41,23 +48,26 @@ _SERVICE = llm_service_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name
 
 
 @asynccontextmanager
-async def lifespan(settings: LlmSettings, address: str) -> AsyncIterator[Application]:
+async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_METRICS) -> AsyncIterator[Application]:
     """Yield the service; the model is loaded by its warm-up. Everything that was opened is closed at the end."""
     async with AsyncExitStack() as stack:
-        reader = await _open_reader(settings, stack)
-        servicer = LlmServicer(settings.default_output_tokens)
+        reader = await _open_reader(settings, stack, StoreMetrics.declared(registry))
+        signer = HandleSigner(settings.embedding_key.get_secret_value())
+        servicer = LlmServicer(settings.default_output_tokens, signer)
         broken = asyncio.Event()
+        metrics = LlmMetrics.declared(registry)
 
         async def warm_up() -> None:
             model = await asyncio.to_thread(LoadedModel, settings)
             engine = model.engine()
             engine.start(broken.set)
             stack.callback(engine.stop)
+            metrics.engine.connect(engine.stats)
             async for _ in engine.generate(_WARM_UP):
                 pass
             schemas = await asyncio.to_thread(model.schemas)
             admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
-            servicer.answerer = Answerer(model.facts(), model.writer(), schemas, reader, engine, admission)
+            servicer.answerer = Answerer(model.facts(), model.writer(), schemas, reader, engine, admission, metrics)
 
         yield Application(
             register=lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server),
@@ -156,15 +166,16 @@ class LoadedModel:
 _WARM_UP = EngineRequest(PromptTokens((0,) * 8), (), SamplingParams(max_output_tokens=2))
 
 
-async def _open_reader(settings: LlmSettings, stack: AsyncExitStack) -> EmbeddingReader:
-    redis = connect_redis(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
-    if redis is not None:
-        stack.push_async_callback(redis.aclose)
+async def _open_reader(settings: LlmSettings, stack: AsyncExitStack, metrics: StoreMetrics) -> EmbeddingReader:
+    link = await stack.enter_async_context(open_link(settings, metrics))
+    store = await stack.enter_async_context(open_embedding_store(link, settings))
     vision = VisionReplicas(settings.max_message_bytes)
     stack.push_async_callback(vision.aclose)
-    return EmbeddingReader(
-        LocalEmbeddingCache(settings.local_cache_bytes), open_embedding_store(redis, settings), vision
-    )
+    cache = LocalEmbeddingCache(settings.local_cache_bytes, metrics)
+    metrics.cache_bytes.follow(lambda: cache.size_bytes, cache="embeddings")
+    if link is not None:
+        await stack.enter_async_context(heeding_erasures(link, cache))
+    return EmbeddingReader(cache, store, vision)
 
 
 def _load_settings(settings: LlmSettings) -> LoadSettings:

@@ -3,8 +3,10 @@
 from collections.abc import AsyncIterator
 
 import grpc
+import numpy as np
 import structlog
 
+from internvl_serving.common.v1 import embedding_pb2
 from internvl_serving.vision.v1 import vision_service_pb2 as pb
 from internvl_serving.vision.v1 import vision_service_pb2_grpc
 from llm_service.embeddings import check_shape
@@ -33,7 +35,8 @@ class VisionReplicas:
         not what `ref` says.
         """
         stub = vision_service_pb2_grpc.VisionServiceStub(self._channel(ref.source))
-        call = stub.FetchEmbedding(pb.FetchEmbeddingRequest(digest=ref.digest), **outgoing(_FETCH_LIMIT_S))
+        request = pb.FetchEmbeddingRequest(handle=embedding_pb2.EmbeddingHandle.FromString(ref.handle))
+        call = stub.FetchEmbedding(request, **outgoing(_FETCH_LIMIT_S))
         try:
             return await _received(ref, aiter(call))
         except grpc.aio.AioRpcError as error:
@@ -64,14 +67,16 @@ async def _received(ref: EmbeddingRef, messages: AsyncIterator[pb.FetchEmbedding
     header = (await anext(messages, pb.FetchEmbeddingResponse())).header
     info = _info_of(header)
     check_shape(ref, info)
-    payload = bytearray()
+    payload, received = np.empty(info.size_bytes, np.uint8).data, 0
     async for message in messages:
-        payload += message.chunk
-        if len(payload) > info.size_bytes:
-            break
-    if len(payload) != info.size_bytes:
+        end = received + len(message.chunk)
+        if end > info.size_bytes:
+            raise _gone(ref)
+        payload[received:end] = message.chunk
+        received = end
+    if received != info.size_bytes:
         raise _gone(ref)
-    return Embedding(ref.digest, info, payload)
+    return Embedding(ref.key, info, payload)
 
 
 def _info_of(header: pb.FetchEmbeddingHeader) -> EmbeddingInfo:

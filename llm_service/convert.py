@@ -24,6 +24,7 @@ from llm_service.prompt.positions import ORDINARY_STRIDE
 from llm_service.prompt.splice import PromptTokens
 from shared.digest import checked_digest
 from shared.errors import InvalidGenerationConfig, InvalidRequest
+from shared.rpc.handles import HandleSigner
 from shared.rpc.messages import DATA_TYPE_OF_MESSAGE, duration_of
 
 MAX_STOP_SEQUENCES, MAX_STOP_CHARACTERS, MAX_BEAMS, MAX_TURNS = 16, 256, 16, 4096
@@ -48,10 +49,15 @@ _FINISH_REASONS = {
 }
 
 
-def dialogue_of(prompt: pb.Prompt, *, grounding: bool = False) -> Dialogue:
-    """Return the dialogue of a prompt, or raise `InvalidRequest`."""
+def dialogue_of(prompt: pb.Prompt, signer: HandleSigner, *, grounding: bool = False) -> Dialogue:
+    """Return the dialogue of a prompt.
+
+    Raises `InvalidRequest`, `EmbeddingHandleInvalid`, and `EmbeddingNotFound` for a handle that has expired.
+    """
     if len(prompt.turns) > MAX_TURNS:
         raise InvalidRequest(f"A dialogue has at most {MAX_TURNS} turns.", field="prompt.turns")
+    for handle in _handles_of(prompt):
+        signer.check(handle)
     turns = tuple(part for index, turn in enumerate(prompt.turns) for part in _turns_of(turn, index))
     system_message = prompt.system_message if prompt.HasField("system_message") else None
     tools = tuple(Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in prompt.tools)
@@ -167,6 +173,12 @@ def _check_search(options: GenerationOptions) -> None:
     _require(not options.json_schema, "num_beams", "Beam search takes no json_schema.")
 
 
+def _handles_of(prompt: pb.Prompt) -> Iterator[embedding_pb2.EmbeddingHandle]:
+    for turn in prompt.turns:
+        for segment in turn.segments:
+            yield from segment.visual.embeddings
+
+
 def _turns_of(turn: pb.Turn, index: int) -> Iterator[Turn]:
     """Yield the turn; the results of several tools, a segment each, are turns of their own."""
     if turn.role not in _ROLES:
@@ -204,6 +216,9 @@ def _ref_of(handle: embedding_pb2.EmbeddingHandle, field: str) -> EmbeddingRef:
         data_type=DATA_TYPE_OF_MESSAGE[handle.data_type],
         source=handle.source,
         frame_count=handle.frame_count,
+        media_digest=checked_digest(handle.media_digest, field),
+        tenant=handle.tenant,
+        handle=handle.SerializeToString(),
     )
 
 

@@ -8,19 +8,21 @@ from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from internvl_serving.llm.v1 import llm_service_pb2_grpc
 from llm_service import convert
 from llm_service.answerer import Answerer, Started
+from shared.rpc.handles import HandleSigner
 
 
 class LlmServicer(llm_service_pb2_grpc.LlmServiceServicer):
     """Answers the service's calls once `answerer` is there."""
 
-    def __init__(self, default_output_tokens: int) -> None:
+    def __init__(self, default_output_tokens: int, signer: HandleSigner) -> None:
         self._default_output_tokens = default_output_tokens
+        self._signer = signer
         self.answerer: Answerer | None = None
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one answer."""
         answerer = self._ready()
-        dialogue = convert.dialogue_of(request.prompt, grounding=request.generation_config.grounding)
+        dialogue = convert.dialogue_of(request.prompt, self._signer, grounding=request.generation_config.grounding)
         options = convert.options_of(
             request.generation_config, self._default_output_tokens, answerer.facts.stop_token_ids
         )
@@ -32,13 +34,13 @@ class LlmServicer(llm_service_pb2_grpc.LlmServiceServicer):
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Any) -> pb.CountTokensResponse:
         """Measure a prompt."""
-        prompt = await self._ready().tokenize(convert.dialogue_of(request.prompt, grounding=request.grounding))
-        return convert.count_response_of(prompt)
+        dialogue = convert.dialogue_of(request.prompt, self._signer, grounding=request.grounding)
+        return convert.count_response_of(await self._ready().tokenize(dialogue))
 
     async def ScoreTurns(self, request: pb.ScoreTurnsRequest, context: Any) -> pb.ScoreTurnsResponse:
         """Score a dialogue's turns."""
         answerer = self._ready()
-        scores = await answerer.score(convert.dialogue_of(request.prompt), convert.choices_of(request))
+        scores = await answerer.score(convert.dialogue_of(request.prompt, self._signer), convert.choices_of(request))
         return convert.score_response_of(scores, answerer.facts.name)
 
     def _ready(self) -> Answerer:

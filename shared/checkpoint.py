@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,8 @@ class Checkpoint:
         rows, *row_shape = entry.shape or (1,)
         row_bytes = max(1, entry.size_bytes // max(1, rows))
         step = max(1, self._piece_bytes // row_bytes)
-        buffer = bytearray(min(step * row_bytes, entry.size_bytes))
+        # Not from the heap: between the weights that are kept it would leave holes.
+        buffer = mmap(-1, max(1, min(step * row_bytes, entry.size_bytes)))
         data_type = getattr(torch, _FLOATS[entry.data_type][0])
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.begin)

@@ -1,21 +1,15 @@
-"""The embedding of one medium, and the values that hold it in the embedding store.
-
-A stored embedding is one manifest value and one value per group of rows. Every value is a fixed header, then the
-group's rows as raw little-endian bytes; a manifest has the frames of a video there, and nothing for a picture. The
-header ends with a keyed BLAKE3 over everything else in the value, so a value that was damaged, cut, moved to another
-key or written by somebody else does not verify.
-Where no key is set anybody can write values that do, so nothing in a header is used before it has been found plausible.
-"""
+"""The embedding of one medium: whose it is, what is known of it, and its tensor as raw bytes."""
 
 import math
-import struct
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from blake3 import blake3
+from shared.stored_name import StoredName, tenant_tag_of
 
-DataType = Literal["float32", "float16", "bfloat16"]
-ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+# A row of `int8_rows` is `hidden_size` signed bytes, then the little-endian float32 that they are multiples of.
+DataType = Literal["float32", "float16", "bfloat16", "int8_rows"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8_rows": 1}
+SCALE_BYTES = 4
 
 MAX_GROUP_BYTES = 2 << 20
 # Far above what the models make (40 tiles and a thumbnail of the largest, in float32, are 344 MB), and low enough that
@@ -26,15 +20,6 @@ MAX_HIDDEN_SIZE = 1 << 16
 MAX_SIDE = 1 << 31  # pixels
 MAX_SIZE_BYTES = 1 << 30
 MAX_FRAME_INDEX = (1 << 31) - 1
-_MAGIC = b"IVLE"
-_VERSION = 2
-_MAC_BYTES = 32
-# magic, version, data type, 0, tiles, tokens, hidden, width, height, columns, rows, frames, group, groups, digest
-_FIELDS = struct.Struct("<4sHBBIIIIIIIIII32s")
-_FRAME = struct.Struct("<Id")
-_HEADER_BYTES = _FIELDS.size + _MAC_BYTES
-_MANIFEST = 0xFFFFFFFF
-_DATA_TYPES: tuple[DataType, ...] = get_args(DataType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +59,7 @@ class EmbeddingInfo:
     @property
     def row_bytes(self) -> int:
         """Bytes of one visual token."""
-        return self.hidden_size * ITEM_BYTES[self.data_type]
+        return row_bytes_of(self.hidden_size, self.data_type)
 
     @property
     def size_bytes(self) -> int:
@@ -113,133 +98,47 @@ class EmbeddingInfo:
         )
 
 
+def row_bytes_of(hidden_size: int, data_type: DataType) -> int:
+    """Return the bytes of one visual token."""
+    return hidden_size * ITEM_BYTES[data_type] + (SCALE_BYTES if data_type == "int8_rows" else 0)
+
+
 def max_tiles(tokens_per_tile: int, hidden_size: int, data_type: DataType, max_bytes: int = MAX_SIZE_BYTES) -> int:
     """Return how many tiles an embedding can have that is plausible and takes at most `max_bytes`; 0 is none."""
-    row_bytes = hidden_size * ITEM_BYTES[data_type]
+    row_bytes = row_bytes_of(hidden_size, data_type)
     most_tokens = min(MAX_TOKENS, min(max_bytes, MAX_SIZE_BYTES) // row_bytes)
     return min(MAX_TILES, most_tokens // tokens_per_tile)
 
 
 @dataclass(frozen=True, slots=True)
-class Embedding:
-    """The tensor [token_count, hidden_size] of one medium, as raw row-major little-endian bytes."""
+class EmbeddingKey:
+    """Which embedding: its digest, and whose medium it was made from. `tenant` empty: everybody's."""
 
     digest: str
+    media_digest: str
+    tenant: str = ""
+
+    @property
+    def name(self) -> StoredName:
+        """What the embedding is called in the store."""
+        return StoredName(tenant_tag_of(self.tenant), self.media_digest, self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The tensor [token_count, hidden_size] of one medium, as raw row-major little-endian bytes.
+
+    `payload` is one run of bytes: read it through `memoryview`, and do not write to it.
+    """
+
+    key: EmbeddingKey
     info: EmbeddingInfo
     payload: bytes | bytearray | memoryview
 
     def __post_init__(self) -> None:
         assert len(self.payload) == self.info.size_bytes
 
-
-class EmbeddingFormat:
-    """Packs embeddings into stored values and back. `key` authenticates them; readers and writers share it."""
-
-    def __init__(self, key: str) -> None:
-        self._key = blake3(key.encode(), derive_key_context="internvl-serving embedding values v1").digest()
-
-    def pack(self, embedding: Embedding) -> tuple[bytes, list[bytes]]:
-        """Return the manifest value and the group values."""
-        groups = [self.pack_group(embedding, index) for index in range(embedding.info.group_count)]
-        return self.pack_manifest(embedding), groups
-
-    def pack_manifest(self, embedding: Embedding) -> bytes:
-        """Return the manifest value."""
-        frames = b"".join(_FRAME.pack(frame.index, frame.time_s) for frame in embedding.info.frames)
-        return self._seal(embedding.digest, embedding.info, _MANIFEST, memoryview(frames))
-
-    def pack_group(self, embedding: Embedding, index: int) -> bytes:
-        """Return the value of one group."""
-        rows = memoryview(embedding.payload)[embedding.info.group_slice(index)]
-        return self._seal(embedding.digest, embedding.info, index, rows)
-
-    def unpack_manifest(self, digest: str, value: bytes) -> EmbeddingInfo | None:
-        """Return what the manifest says, which is plausible, or None if it does not verify."""
-        opened = self._open(digest, value, _MANIFEST)
-        return opened.info() if opened else None
-
-    def unpack_group(self, digest: str, info: EmbeddingInfo, index: int, value: bytes, payload: bytearray) -> bool:
-        """Copy a group's rows to their place in `payload`, the whole tensor; False, and no copy, if it does not verify.
-
-        Threads may unpack different groups into one payload at a time.
-        """
-        opened, place = self._open(digest, value, index), info.group_slice(index)
-        if opened is None or (opened.shape, opened.group_count) != (_shape_of(info), info.group_count):
-            return False
-        if len(opened.content) != place.stop - place.start:
-            return False
-        memoryview(payload)[place] = opened.content
-        return True
-
-    def unpack(self, digest: str, info: EmbeddingInfo, values: list[bytes]) -> Embedding | None:
-        """Return the embedding that the group values hold, or None if any does not verify."""
-        if len(values) != info.group_count:
-            return None
-        payload = bytearray(info.size_bytes)
-        verified = all(self.unpack_group(digest, info, index, value, payload) for index, value in enumerate(values))
-        return Embedding(digest, info, payload) if verified else None
-
-    def _seal(self, digest: str, info: EmbeddingInfo, group: int, rows: memoryview) -> bytes:
-        fields = _FIELDS.pack(
-            _MAGIC,
-            _VERSION,
-            *_shape_of(info),
-            group,
-            info.group_count,
-            bytes.fromhex(digest),
-        )
-        return b"".join((fields, self._mac(fields, rows), rows))
-
-    def _open(self, digest: str, value: bytes, group: int) -> "_Opened | None":
-        """Return what a value that verifies and is of this place holds; None, and no error, for anything else."""
-        if not isinstance(value, bytes) or len(value) < _HEADER_BYTES:
-            return None
-        view = memoryview(value)
-        fields, mac, rows = view[: _FIELDS.size], view[_FIELDS.size : _HEADER_BYTES], view[_HEADER_BYTES:]
-        if self._mac(fields, rows) != bytes(mac):
-            return None
-        magic, version, *shape, found_group, group_count, found_digest = _FIELDS.unpack(fields)
-        if (magic, version, found_group) != (_MAGIC, _VERSION, group) or found_digest.hex() != digest:
-            return None
-        return _Opened(tuple(shape), group_count, rows)
-
-    def _mac(self, fields: bytes | memoryview, rows: memoryview) -> bytes:
-        # The MAC is compared with `!=`: a cache writer who could time us over the network gains nothing by it.
-        return blake3(fields, key=self._key).update(rows).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """What a value holds that verifies; whether it makes sense is not known yet."""
-
-    shape: tuple[int, ...]
-    group_count: int
-    content: memoryview
-
-    def info(self) -> EmbeddingInfo | None:
-        """Return what a manifest says, or None where it is not plausible."""
-        data_type, _, tiles, tokens, hidden_size, width, height, columns, rows, frame_count = self.shape
-        if data_type >= len(_DATA_TYPES) or frame_count > MAX_TILES:
-            return None
-        if len(self.content) != frame_count * _FRAME.size:
-            return None
-        frames = tuple(VideoFrame(*fields) for fields in _FRAME.iter_unpack(self.content))
-        name = _DATA_TYPES[data_type]
-        info = EmbeddingInfo(tiles, tokens, hidden_size, name, width, height, columns, rows, frames)
-        return info if info.plausible() and self.group_count == info.group_count else None
-
-
-def _shape_of(info: EmbeddingInfo) -> tuple[int, ...]:
-    """Return the fields of the header that are the same in every value of an embedding."""
-    return (
-        _DATA_TYPES.index(info.data_type),
-        0,
-        info.tile_count,
-        info.token_count,
-        info.hidden_size,
-        info.width,
-        info.height,
-        info.columns,
-        info.rows,
-        info.frame_count,
-    )
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the value."""
+        return self.key.digest

@@ -8,6 +8,7 @@ ServiceError
 |   |-- MediaUnreadable
 |   |-- MediaTooLarge
 |   |-- MediaDigestMismatch
+|   |-- EmbeddingHandleInvalid
 |   |-- VideoRangeEmpty
 |   |-- InvalidJsonSchema
 |   `-- NotSupportedByModel
@@ -116,6 +117,12 @@ class MediaDigestMismatch(InvalidRequest):
     """The bytes do not have the digest that was announced."""
 
     reason = "MEDIA_DIGEST_MISMATCH"
+
+
+class EmbeddingHandleInvalid(InvalidRequest):
+    """An embedding handle was not issued by this system, or was changed since."""
+
+    reason = "EMBEDDING_HANDLE_INVALID"
 
 
 class VideoRangeEmpty(InvalidRequest):

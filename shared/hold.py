@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
-from gateway.reach import reaching_store
 from shared.errors import StoreUnavailable
+from shared.reach import reaching_store
 
 log = structlog.get_logger()
 
@@ -56,9 +56,14 @@ class Hold:
 
         return await self.run(renewal)
 
-    async def release(self) -> None:
-        """Give the right back. Never raises: what cannot be given back runs out."""
+    async def release(self, queue: Callable[[Pipeline], Any] = lambda pipeline: None) -> None:
+        """Give the right back, with the queued commands. Never raises: what cannot be given back runs out."""
+
+        def giving_back(pipeline: Pipeline) -> None:
+            pipeline.delete(self._key)
+            queue(pipeline)
+
         try:
-            await self.run(lambda pipeline: pipeline.delete(self._key))
+            await self.run(giving_back)
         except StoreUnavailable:
             log.warning("lease_not_released")

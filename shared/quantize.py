@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from math import prod
 from threading import Lock
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from shared.checkpoint import Checkpoint
@@ -181,16 +182,18 @@ def read_and_round(
     weights: ModelWeights,
     event: str,
     seen: Callable[[str, torch.Tensor], None] = lambda name, piece: None,
+    takers: Mapping[str, Callable[[torch.Tensor], None]] = MappingProxyType({}),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights that a model keeps as they are, by name, as `shared.weights.read_weights` reads them.
 
     The matrices of the linear layers below `submodule` are rounded into the model meanwhile and not yielded; without a
-    scheme there are none. Besides what is kept this takes some megabytes, and where it rounds the largest matrix.
+    scheme there are none. `takers` are what takes other matrices, by name, each valid during the call: they are not
+    yielded either. Besides what is kept this takes some megabytes, and the largest matrix that is rounded or taken.
     """
     import torch
 
     shapes, dtype, device_of = weights.shapes, weights.dtype, weights.device_of
-    holders = quantize_linears(model, submodule, scheme, device_of) if scheme else {}
+    holders = {**takers, **(quantize_linears(model, submodule, scheme, device_of) if scheme else {})}
     scratch = _Scratch((shapes[name] for name in holders), dtype)
 
     def new_weight(name: str) -> torch.Tensor:

@@ -20,7 +20,12 @@ def _checked_address(text: str) -> str:
     return text
 
 
+def _checked_optional_address(text: str) -> str:
+    return _checked_address(text) if text else text
+
+
 Address = Annotated[str, AfterValidator(_checked_address)]
+OptionalAddress = Annotated[str, AfterValidator(_checked_optional_address)]
 
 # What a Redis URL may set beside address, user and database; the rest would undo settings of ours.
 _REDIS_OPTIONS: Final = {
@@ -75,20 +80,10 @@ _CONFIG = SettingsConfigDict(
 )
 
 
-class ServiceSettings(BaseSettings):
-    """Where a service listens, how it logs, how it stops. Frozen; read once at start."""
+class CommandLineSettings(BaseSettings):
+    """Settings of a program. Frozen; read once at start."""
 
     model_config = _CONFIG
-
-    listen: Address = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
-    advertise: str = Field(
-        "", description="host:port that others reach this replica under; empty: as bound. Needed where that is 0.0.0.0"
-    )
-    address_file: Path | None = Field(None, description="file to write the bound host:port to")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe event to log")
-    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
-    drain_grace_s: float = Field(30.0, ge=0, description="seconds that running calls get after SIGTERM")
-    max_message_bytes: int = Field(8 << 20, ge=1 << 20, description="largest gRPC message, either way")
 
     @classmethod
     def from_command_line(cls, program: str, arguments: Sequence[str] | None = None) -> Self:
@@ -108,6 +103,25 @@ class ServiceSettings(BaseSettings):
             raise SystemExit(2) from None
 
 
+class ServiceSettings(CommandLineSettings):
+    """Where a service listens, how it logs, how it stops."""
+
+    listen: Address = Field("127.0.0.1:0", description="host:port to listen on; port 0 takes a free one")
+    advertise: str = Field(
+        "", description="host:port that others reach this replica under; empty: as bound. Needed where that is 0.0.0.0"
+    )
+    address_file: Path | None = Field(None, description="file to write the bound host:port to")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe event to log")
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal, else json")
+    metrics_listen: OptionalAddress = Field(
+        "",
+        description="host:port to answer GET /metrics on, to whoever reaches it; port 0 takes a free one; empty: none",
+    )
+    metrics_address_file: Path | None = Field(None, description="file to write the host:port of the metrics to")
+    drain_grace_s: float = Field(30.0, ge=0, description="seconds that running calls get after SIGTERM")
+    max_message_bytes: int = Field(8 << 20, ge=1 << 20, description="largest gRPC message, either way")
+
+
 class EmbeddingStoreSettings(BaseSettings):
     """Where embeddings are kept. Mixed into the settings of the vision and the LLM service."""
 
@@ -121,4 +135,8 @@ class EmbeddingStoreSettings(BaseSettings):
     embedding_key: SecretStr = Field(
         SecretStr(""), description="secret that authenticates stored embeddings; the same for vision and LLM services"
     )
+    embedding_write_items: int = Field(
+        256, ge=1, description="embeddings that may wait to be written to the store; more are not kept there"
+    )
+    embedding_write_bytes: int = Field(256 << 20, ge=1, description="bytes of embeddings that may wait to be written")
     local_cache_bytes: int = Field(512 << 20, ge=0, description="memory for embeddings kept in this process")

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from shared.embedding import DataType, Embedding
+from shared.embedding import SCALE_BYTES, DataType, Embedding
 from shared.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
+_LARGEST: Final = 127.0  # -128 stays unused, so that a row and its negative are rounded alike
 
-def tensor_of(embedding: Embedding) -> torch.Tensor:
-    """Return the embedding as a tensor [tokens, hidden] that shares its memory; it must not be written to."""
+
+def tensor_of(embedding: Embedding, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return the embedding as a tensor [tokens, hidden] of `dtype`; None: as it is stored, or float32 for `int8_rows`.
+
+    It must not be written to: where nothing has to be converted it shares the embedding's memory.
+    """
     import torch
 
-    data_type = getattr(torch, embedding.info.data_type)
-    flat = torch.frombuffer(embedding.payload, dtype=data_type)
-    return flat.view(embedding.info.token_count, embedding.info.hidden_size)
+    info = embedding.info
+    if info.data_type == "int8_rows":
+        packed = torch.frombuffer(embedding.payload, dtype=torch.uint8).view(info.token_count, info.row_bytes)
+        return unpack_rows(packed, dtype or torch.float32)
+    flat = torch.frombuffer(embedding.payload, dtype=getattr(torch, info.data_type))
+    return flat.view(info.token_count, info.hidden_size).to(dtype or flat.dtype)
+
+
+def pack_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return float rows [tokens, hidden] as `int8_rows`: uint8 [tokens, hidden + 4], on the same device.
+
+    A row's numbers become whole multiples, -127 to 127, of a 127th of its largest; halves are rounded to even. A row
+    with a number that is not finite stays without any finite one.
+    """
+    import torch
+
+    exact = rows.detach().float()
+    scales = exact.abs().amax(dim=1, keepdim=True) / _LARGEST  # [tokens, 1]
+    multiples = (exact / scales.where(scales > 0, 1.0)).round().clamp(-_LARGEST, _LARGEST).nan_to_num(1.0)
+    return torch.cat([multiples.to(torch.int8).view(torch.uint8), scales.contiguous().view(torch.uint8)], dim=1)
+
+
+def unpack_rows(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the rows [tokens, hidden] of `int8_rows`, uint8 [tokens, hidden + 4], as floats."""
+    import torch
+
+    multiples = packed[:, :-SCALE_BYTES].view(torch.int8)
+    # A copy, because in their rows the scales need not lie where a float32 may.
+    scales = packed[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return (multiples.float() * scales).to(dtype)
 
 
 def bytes_of(*pieces: torch.Tensor) -> memoryview:

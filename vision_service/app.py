@@ -6,38 +6,59 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import Final
 
 import numpy as np
 import structlog
 import torch
+from redis.asyncio import Redis
 
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
+from shared.announcements import Announcements, cancelled
 from shared.checkpoint import Checkpoint, InternVLConfig, read_config
 from shared.embedding import MAX_SIZE_BYTES
+from shared.erasures import CHANNEL as ERASED
+from shared.erasures import Erasures
 from shared.errors import CheckpointError
+from shared.local_cache import LocalEmbeddingCache
+from shared.metrics import NO_METRICS, Registry
+from shared.redis_link import open_link
+from shared.rpc.handles import HandleSigner
 from shared.rpc.server import Application
-from shared.store import LocalEmbeddingCache, connect_redis, open_embedding_store
+from shared.store import NoEmbeddingStore, RedisEmbeddingStore, open_embedding_store
+from shared.store_metrics import StoreMetrics
 from shared.tensors import resolve_device, resolve_dtype
 from vision_service.batcher import Batcher
-from vision_service.encoder import EmbeddingLimits, Encoder, PendingLimits
+from vision_service.convert import HandleIssuer
+from vision_service.encoder import Encoder, PendingLimits
+from vision_service.fleet import CHANNEL as ENCODED
+from vision_service.fleet import NoFleet, RedisFleet
+from vision_service.flights import Caches
+from vision_service.maker import EmbeddingLimits, EmbeddingMaker
+from vision_service.metrics import VisionMetrics
 from vision_service.model.loader import LoadedTower, load_tower
 from vision_service.model.tower import TowerConfig
 from vision_service.preparer import MediaPreparer
 from vision_service.preprocess.frames import DecoderName
 from vision_service.preprocess.tiling import TilingSpec
+from vision_service.priority import lower_priority
 from vision_service.runner import ModelRunner, WorkerPool
 from vision_service.servicer import VisionServicer
 from vision_service.settings import VisionSettings
-from vision_service.video.pool import VideoPool, WorkerSettings
 from vision_service.video.source import VideoLimits
+from vision_service.workers.pool import MediaPool
+from vision_service.workers.settings import PictureWork, VideoWork, WorkerSettings
 
 log = structlog.get_logger()
+_GPU_BATCH_TILES: Final = 16
+_MAX_PICTURES, _MAX_VIDEOS = 1000, 100  # that one process decodes, because decoders leak
 SERVICE = vision_service_pb2.DESCRIPTOR.services_by_name["VisionService"].full_name
 
 
 @asynccontextmanager
-async def lifespan(settings: VisionSettings, address: str) -> AsyncIterator[Application]:
+async def lifespan(
+    settings: VisionSettings, address: str, registry: Registry = NO_METRICS
+) -> AsyncIterator[Application]:
     """Yield the service, to be reached by others under `address`; the model is loaded by `warm_up`.
 
     Raises `CheckpointError` when config.json does not describe a model that can be served, and when the decoder of
@@ -48,45 +69,57 @@ async def lifespan(settings: VisionSettings, address: str) -> AsyncIterator[Appl
     limits = _embedding_limits(settings, config)
     _require_decoder(settings.video_decoder)
     async with AsyncExitStack() as stack:
-        redis = connect_redis(settings.redis_url, settings.redis_timeout_s) if settings.redis_url else None
-        if redis is not None:
-            stack.push_async_callback(redis.aclose)
-        runners = [ModelRunner(partial(_load, settings, config, name)) for name in settings.devices.split(",")]
+        max_tiles = _max_batch_tiles(settings)
+        loads = [partial(_load, settings, config, name) for name in settings.devices.split(",")]
+        runners = [ModelRunner(load, max_tiles) for load in loads]
         for runner in runners:
             stack.callback(runner.close)
-        workers = WorkerPool(settings.decode_threads, "decode")
+        workers = WorkerPool(settings.work_threads, "work")
         stack.callback(workers.close)
-        videos = VideoPool(_worker_settings(settings), settings.video_processes)
+        pictures = MediaPool(_picture_workers(settings), settings.picture_processes)
+        stack.callback(pictures.close)
+        videos = MediaPool(_video_workers(settings), settings.video_processes)
         stack.callback(videos.close)
-        batcher = Batcher(runners, settings.max_batch_tiles, settings.max_queued_tiles)
-        stack.push_async_callback(_cancel, asyncio.create_task(batcher.run()))
-        encoder = Encoder(
-            batcher,
-            MediaPreparer(workers, videos, settings.max_pixels),
-            workers,
-            open_embedding_store(redis, settings),
-            LocalEmbeddingCache(settings.local_cache_bytes),
-            PendingLimits(settings.max_pending_pictures, settings.max_pending_videos),
-            limits,
-        )
+        metrics = VisionMetrics.declared(registry)
+        batcher = Batcher(runners, max_tiles, settings.max_queued_tiles, metrics=metrics)
+        stack.push_async_callback(cancelled, asyncio.create_task(batcher.run()))
+        metrics.queued_tiles.follow(lambda: batcher.queued_tiles)
+        preparer = MediaPreparer(pictures, videos, config.tokens_per_tile)
+        maker = EmbeddingMaker(batcher, preparer, workers, limits, settings.embedding_storage)
+        store_metrics = StoreMetrics.declared(registry)
+        cache = LocalEmbeddingCache(settings.local_cache_bytes, store_metrics)
+        link = await stack.enter_async_context(open_link(settings, store_metrics))
+        store = await stack.enter_async_context(open_embedding_store(link, settings))
+        fleet = RedisFleet(link, settings.encoding_lease_s, metrics=metrics) if link else NoFleet()
+        max_pending = PendingLimits(settings.max_pending_pictures, settings.max_pending_videos)
+        encoder = Encoder(maker, Caches(cache, store), fleet, workers, max_pending, metrics)
         stack.push_async_callback(encoder.close)
-        spec = TilingSpec.of(config, settings.image_policy)
-        servicer = VisionServicer(encoder, spec, settings, address)
+        if link is not None:
+            listening = asyncio.create_task(_announcements(link.redis, fleet, encoder, store).run())
+            stack.push_async_callback(cancelled, listening)
+        signer = HandleSigner(settings.embedding_key.get_secret_value())
+        issuer = HandleIssuer(signer, address, settings.embedding_ttl_s)
+        servicer = VisionServicer(encoder, preparer, issuer, TilingSpec.of(config, settings.image_policy), settings)
         yield Application(
             register=lambda server: vision_service_pb2_grpc.add_VisionServiceServicer_to_server(servicer, server),
             services=[SERVICE],
-            warm_up=partial(_warm_up, runners, config, limits),
+            warm_up=partial(_warm_up, runners, preparer, config, limits),
         )
 
 
-async def _cancel(task: asyncio.Task[NoReturn]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+def _announcements(
+    redis: Redis, fleet: RedisFleet | NoFleet, encoder: Encoder, store: RedisEmbeddingStore | NoEmbeddingStore
+) -> Announcements:
+    # What waits to be written is erased, too.
+    erasures = Erasures(encoder, store.queue) if isinstance(store, RedisEmbeddingStore) else Erasures(encoder)
+    return Announcements(redis, {ENCODED: fleet.hear, ERASED: erasures.hear}, erasures.connected)
 
 
-async def _warm_up(runners: Sequence[ModelRunner], config: InternVLConfig, limits: EmbeddingLimits) -> None:
+async def _warm_up(
+    runners: Sequence[ModelRunner], preparer: MediaPreparer, config: InternVLConfig, limits: EmbeddingLimits
+) -> None:
     started = time.monotonic()
-    replicas = await asyncio.gather(*(runner.load() for runner in runners))
+    replicas, _ = await asyncio.gather(asyncio.gather(*(runner.load() for runner in runners)), preparer.start())
     if len({runner.identity for runner in runners}) > 1:
         raise CheckpointError("--devices: embeddings would differ from device to device; set one --dtype for all.")
     most_tiles = limits.max_tiles(runners[0].identity.data_type)
@@ -114,8 +147,15 @@ def _load(settings: VisionSettings, config: InternVLConfig, device_name: str) ->
     if settings.threads:
         torch.set_num_threads(settings.threads)  # counts for the thread that calls it
     device = resolve_device(device_name)
+    if device.type == "cpu":
+        lower_priority(settings.cpu_nice)
     dtype = resolve_dtype(settings.dtype, device)
     return load_tower(Checkpoint(settings.model), TowerConfig.of(config), device, dtype, settings.quantization)
+
+
+def _max_batch_tiles(settings: VisionSettings) -> int:
+    on_gpu = any(resolve_device(name).type != "cpu" for name in settings.devices.split(","))
+    return settings.max_batch_tiles or (_GPU_BATCH_TILES if on_gpu else 1)
 
 
 def _embedding_limits(settings: VisionSettings, config: InternVLConfig) -> EmbeddingLimits:
@@ -131,6 +171,12 @@ def _require_decoder(decoder: DecoderName) -> None:
         raise CheckpointError(f"--video-decoder {decoder}: install internvl-serving[{extra}].")
 
 
-def _worker_settings(settings: VisionSettings) -> WorkerSettings:
+def _picture_workers(settings: VisionSettings) -> WorkerSettings:
+    work = PictureWork(settings.max_pixels)
+    return WorkerSettings(work, settings.picture_timeout_s, settings.picture_memory_bytes, _MAX_PICTURES)
+
+
+def _video_workers(settings: VisionSettings) -> WorkerSettings:
     limits = VideoLimits(settings.max_pixels, settings.max_clip_frames, settings.max_clip_s, settings.max_video_tiles)
-    return WorkerSettings(settings.video_decoder, limits, settings.video_timeout_s, settings.video_memory_bytes)
+    work = VideoWork(settings.video_decoder, limits)
+    return WorkerSettings(work, settings.video_timeout_s, settings.video_memory_bytes, _MAX_VIDEOS)

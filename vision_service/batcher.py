@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from shared.errors import DeadlineExceeded, QueueFull
+from vision_service.metrics import UNOBSERVED, VisionMetrics
 from vision_service.preprocess.image import Tiles
 from vision_service.runner import TowerIdentity
 
@@ -30,15 +31,22 @@ class Runner(Protocol):
 
 
 class Deadline:
-    """When the last caller that waits for a picture gives up. Callers that join later move it back."""
+    """When the last caller that waits for a medium gives up. Callers that join later move it back.
 
-    def __init__(self, remaining_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+    `urgent`: whether any of them needs it now; what nobody does is encoded when nothing else is to be.
+    """
+
+    def __init__(
+        self, remaining_s: float | None, clock: Callable[[], float] = time.monotonic, *, urgent: bool = True
+    ) -> None:
         self._clock = clock
         self._expires_at = -math.inf
-        self.extend(remaining_s)
+        self.urgent = False
+        self.extend(remaining_s, urgent=urgent)
 
-    def extend(self, remaining_s: float | None) -> None:
+    def extend(self, remaining_s: float | None, *, urgent: bool = True) -> None:
         """Count in one more caller; None is one without a deadline."""
+        self.urgent = self.urgent or urgent
         expires_at = math.inf if remaining_s is None else self._clock() + remaining_s
         self._expires_at = max(self._expires_at, expires_at)
 
@@ -46,6 +54,11 @@ class Deadline:
     def passed(self) -> bool:
         """Whether nobody waits any more."""
         return self._clock() >= self._expires_at
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds until then; None where somebody waits without an end."""
+        return None if self._expires_at == math.inf else self._expires_at - self._clock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,8 +109,9 @@ class Batcher:
     """A queue in front of the replicas of the vision tower. One event loop only; `run` has to be running.
 
     A batch is whatever waits when a replica becomes free, in order of arrival, up to `max_batch_tiles`: nothing waits
-    for company. A medium with more tiles than that goes in pieces, each at the end of the queue after the one before
-    it: a long video holds up nobody, and has as many replicas at work for it as are free.
+    for company. A medium with more tiles goes in pieces, each at the end of the queue after the one before it:
+    a long video holds up nobody, and has as many replicas at work for it as are free. What nobody needs now comes last,
+    in batches of its own.
     """
 
     def __init__(
@@ -106,11 +120,13 @@ class Batcher:
         max_batch_tiles: int,
         max_queued_tiles: int,
         clock: Callable[[], float] = time.monotonic,
+        metrics: VisionMetrics = UNOBSERVED,
     ) -> None:
         self._runners = runners
         self._max_batch_tiles = max_batch_tiles
         self._max_queued_tiles = max_queued_tiles
         self._clock = clock
+        self._metrics = metrics
         self._queue: deque[_Piece] = deque()
         self._arrived = asyncio.Event()
         self._tile_s = 0.0
@@ -155,8 +171,8 @@ class Batcher:
     def _next_batch(self) -> list[_Piece]:
         batch: list[_Piece] = []
         num_tiles = 0
-        while self._queue and (not batch or num_tiles + len(self._queue[0].tiles) <= self._max_batch_tiles):
-            piece = self._queue.popleft()
+        while (piece := self._first()) and (not batch or _goes_with(piece, batch, self._max_batch_tiles - num_tiles)):
+            self._queue.remove(piece)
             self.queued_tiles -= len(piece.tiles)
             if not _still_wanted(piece.medium):
                 self.queued_tiles -= len(piece.rest)
@@ -166,6 +182,10 @@ class Batcher:
             if len(piece.rest):
                 self._enqueue(piece.medium, piece.index + 1, piece.rest)
         return batch
+
+    def _first(self) -> _Piece | None:
+        """Return the piece whose turn it is: the first that somebody waits for, else the first of all."""
+        return next((piece for piece in self._queue if piece.medium.deadline.urgent), next(iter(self._queue), None))
 
     async def _encode_batch(self, runner: Runner, batch: list[_Piece]) -> None:
         # Gathered, so that an error of any kind is a value: it belongs to the pictures, not to this loop.
@@ -183,9 +203,16 @@ class Batcher:
         started = self._clock()
         encoded = await runner.encode([piece.tiles for piece in batch])
         ended = self._clock()
-        self._tile_s = (ended - started) / sum(len(piece.tiles) for piece in batch)
+        num_tiles = sum(len(piece.tiles) for piece in batch)
+        self._tile_s = (ended - started) / num_tiles
+        self._metrics.batch_tiles.observe(num_tiles)
         for piece, visual_tokens in zip(batch, encoded, strict=True):
             piece.medium.add(piece.index, visual_tokens, started, ended)
+
+
+def _goes_with(piece: _Piece, batch: Sequence[_Piece], room: int) -> bool:
+    """Return whether a piece fits into a batch; what nobody needs now must not make others wait."""
+    return len(piece.tiles) <= room and piece.medium.deadline.urgent == batch[0].medium.deadline.urgent
 
 
 def _still_wanted(medium: _Medium) -> bool:

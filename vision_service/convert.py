@@ -3,24 +3,27 @@
 import math
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from internvl_serving.common.v1 import embedding_pb2
 from internvl_serving.vision.v1 import vision_service_pb2
 from shared.digest import checked_digest
-from shared.embedding import Embedding
+from shared.embedding import Embedding, EmbeddingKey
 from shared.errors import InvalidRequest, MediaTooLarge
+from shared.rpc.handles import HandleSigner
 from shared.rpc.messages import MESSAGE_OF_DATA_TYPE, duration_of
-from vision_service.encoder import CacheTier, Encoded
+from vision_service.encoded import CacheTier, Encoded
 from vision_service.preparer import MediaSpec
+from vision_service.preprocess.estimate import Estimate
 from vision_service.preprocess.frames import DEFAULT_SEGMENTS, VideoSpec
 from vision_service.preprocess.tiling import TilingSpec
 from vision_service.settings import VisionSettings
 
 CHUNK_BYTES = 1 << 20
 _FRAME_TILES = 1  # of a frame, where a request does not say
-_VIDEO = "header.options.video"
+_MAX_TENANT_BYTES = 128
 
 _TIERS: dict[CacheTier, embedding_pb2.CacheTier.ValueType] = {
     CacheTier.NONE: embedding_pb2.CACHE_TIER_NONE,
@@ -82,44 +85,89 @@ class ChunkedUpload:
         self._chunks.append(message.chunk)
 
 
-def media_digest_of(header: vision_service_pb2.EncodeHeader) -> str:
-    """Return the media digest, or raise `InvalidRequest`."""
-    return checked_digest(header.media_digest, "header.media_digest")
+def medium_of(header: vision_service_pb2.EncodeHeader, spec: MediaSpec) -> tuple[str, MediaSpec, str]:
+    """Return media digest, spec and tenant of what is to be encoded, or raise `InvalidRequest`."""
+    return checked_digest(header.media_digest, "header.media_digest"), spec, _tenant(header.tenant, "header.tenant")
 
 
-def spec_of(header: vision_service_pb2.EncodeHeader, default: TilingSpec, settings: VisionSettings) -> MediaSpec:
-    """Return how the medium is to be cut, or raise `InvalidRequest`."""
-    options = header.options
+def erasure_of(request: vision_service_pb2.EraseRequest) -> tuple[str, str | None]:
+    """Return whose embeddings are to be removed, and of which medium (None: of all), or raise `InvalidRequest`."""
+    digest = checked_digest(request.media_digest, "media_digest") if request.media_digest else None
+    return _tenant(request.tenant, "tenant"), digest
+
+
+def picture_spec(spec: MediaSpec) -> TilingSpec:
+    """Return how a picture is to be cut, or raise `InvalidRequest` for a video."""
+    if spec.video is not None:
+        raise InvalidRequest("A video cannot be estimated.", field="options.video")
+    return spec.tiling
+
+
+def spec_of(
+    options: embedding_pb2.PreprocessOptions, default: TilingSpec, settings: VisionSettings, field: str
+) -> MediaSpec:
+    """Return how a medium is to be cut, or raise `InvalidRequest`; `field` is where the options are."""
     most = settings.max_tiles_limit
     max_tiles = options.max_tiles if options.HasField("max_tiles") else None
     if max_tiles is not None and not 1 <= max_tiles <= most:
-        raise InvalidRequest(f"max_tiles has to be from 1 to {most}.", field="header.options.max_tiles")
+        raise InvalidRequest(f"max_tiles has to be from 1 to {most}.", field=f"{field}.max_tiles")
     thumbnail = options.thumbnail if options.HasField("thumbnail") else None
     if not options.HasField("video"):
         return MediaSpec(default.adjusted(max_tiles, thumbnail))
     tiling = default.adjusted(_FRAME_TILES if max_tiles is None else max_tiles, thumbnail)
-    return MediaSpec(tiling, _video_spec_of(options.video, settings))
+    return MediaSpec(tiling, _video_spec_of(options.video, settings, f"{field}.video"))
 
 
-def _video_spec_of(video: embedding_pb2.VideoOptions, settings: VisionSettings) -> VideoSpec:
+def _video_spec_of(video: embedding_pb2.VideoOptions, settings: VisionSettings, field: str) -> VideoSpec:
     most = settings.max_video_frames
     count = video.segment_count if video.HasField("segment_count") else min(DEFAULT_SEGMENTS, most)
     if not 1 <= count <= most:
-        raise InvalidRequest(f"segment_count has to be from 1 to {most}.", field=f"{_VIDEO}.segment_count")
+        raise InvalidRequest(f"segment_count has to be from 1 to {most}.", field=f"{field}.segment_count")
     start_s = video.start_seconds if video.HasField("start_seconds") else None
     end_s = video.end_seconds if video.HasField("end_seconds") else None
     for name, seconds in (("start_seconds", start_s), ("end_seconds", end_s)):
         if seconds is not None and not math.isfinite(seconds):
-            raise InvalidRequest(f"{name} has to be a number.", field=f"{_VIDEO}.{name}")
+            raise InvalidRequest(f"{name} has to be a number.", field=f"{field}.{name}")
     if start_s is not None and end_s is not None and end_s < start_s:
-        raise InvalidRequest("end_seconds has to be at or after start_seconds.", field=f"{_VIDEO}.end_seconds")
+        raise InvalidRequest("end_seconds has to be at or after start_seconds.", field=f"{field}.end_seconds")
     return VideoSpec(count, start_s, end_s, settings.video_decoder)
 
 
-def encode_response(encoded: Encoded, source: str, ttl_s: int) -> vision_service_pb2.EncodeResponse:
-    """Return the answer; `source` is the address of this replica, `ttl_s` how long embeddings are kept."""
+@dataclass(frozen=True, slots=True)
+class HandleIssuer:
+    """Issues the handles of one replica: `source` is its address, `ttl_s` how long a handle is good for."""
+
+    signer: HandleSigner
+    source: str
+    ttl_s: int
+
+    def handle_of(self, encoded: Encoded) -> embedding_pb2.EmbeddingHandle:
+        """Return the signed handle of an embedding."""
+        handle = embedding_pb2.EmbeddingHandle(
+            digest=encoded.key.digest,
+            media_digest=encoded.key.media_digest,
+            tenant=encoded.key.tenant,
+            tile_count=encoded.info.tile_count,
+            token_count=encoded.info.token_count,
+            hidden_size=encoded.info.hidden_size,
+            data_type=MESSAGE_OF_DATA_TYPE[encoded.info.data_type],
+            source=self.source,
+            expire_time=Timestamp(seconds=int(time.time()) + self.ttl_s),
+            frame_count=encoded.info.frame_count,
+        )
+        self.signer.sign(handle)
+        return handle
+
+    def key_of(self, handle: embedding_pb2.EmbeddingHandle) -> EmbeddingKey:
+        """Return what a handle names; raises `EmbeddingHandleInvalid`, and `EmbeddingNotFound` for one that is over."""
+        self.signer.check(handle)
+        return EmbeddingKey(handle.digest, handle.media_digest, handle.tenant)
+
+
+def encode_response(encoded: Encoded, issuer: HandleIssuer) -> vision_service_pb2.EncodeResponse:
+    """Return the answer."""
     return vision_service_pb2.EncodeResponse(
-        handle=_handle(encoded, source, ttl_s),
+        handle=issuer.handle_of(encoded),
         cache_tier=_TIERS[encoded.tier],
         coalesced=encoded.coalesced,
         preprocess_duration=duration_of(encoded.timings.preprocess_s),
@@ -135,9 +183,16 @@ def encode_response(encoded: Encoded, source: str, ttl_s: int) -> vision_service
     )
 
 
-def embedding_digest_of(request: vision_service_pb2.FetchEmbeddingRequest) -> str:
-    """Return the embedding digest, or raise `InvalidRequest`."""
-    return checked_digest(request.digest, "digest")
+def estimate_response(estimate: Estimate) -> vision_service_pb2.EstimateResponse:
+    """Return the answer."""
+    return vision_service_pb2.EstimateResponse(
+        width=estimate.width,
+        height=estimate.height,
+        columns=estimate.columns,
+        rows=estimate.rows,
+        tile_count=estimate.tile_count,
+        token_count=estimate.token_count,
+    )
 
 
 def fetch_responses(embedding: Embedding) -> Iterator[vision_service_pb2.FetchEmbeddingResponse]:
@@ -155,15 +210,7 @@ def fetch_responses(embedding: Embedding) -> Iterator[vision_service_pb2.FetchEm
         yield vision_service_pb2.FetchEmbeddingResponse(chunk=bytes(payload[start : start + CHUNK_BYTES]))
 
 
-def _handle(encoded: Encoded, source: str, ttl_s: int) -> embedding_pb2.EmbeddingHandle:
-    return embedding_pb2.EmbeddingHandle(
-        digest=encoded.digest,
-        media_digest=encoded.media_digest,
-        tile_count=encoded.info.tile_count,
-        token_count=encoded.info.token_count,
-        hidden_size=encoded.info.hidden_size,
-        data_type=MESSAGE_OF_DATA_TYPE[encoded.info.data_type],
-        source=source,
-        expire_time=Timestamp(seconds=int(time.time()) + ttl_s),
-        frame_count=encoded.info.frame_count,
-    )
+def _tenant(tenant: str, field: str) -> str:
+    if len(tenant.encode()) > _MAX_TENANT_BYTES:
+        raise InvalidRequest(f"A tenant has at most {_MAX_TENANT_BYTES} bytes.", field=field)
+    return tenant

@@ -1,13 +1,14 @@
-"""From a medium's bytes to its tiles: pictures on threads of this process, videos in processes of their own."""
+"""From a medium's bytes to its tiles, in the worker processes of its kind."""
 
 from dataclasses import dataclass
 
+from shared.rpc.deadline import remaining_s
 from vision_service.batcher import Deadline
+from vision_service.preprocess.estimate import Estimate
 from vision_service.preprocess.frames import VideoSpec
-from vision_service.preprocess.image import Picture, preprocess
+from vision_service.preprocess.image import Picture
 from vision_service.preprocess.tiling import TilingSpec
-from vision_service.runner import WorkerPool
-from vision_service.video.pool import VideoPool
+from vision_service.workers.pool import MediaPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,25 @@ class MediaSpec:
 
 
 class MediaPreparer:
-    """Turns bytes into tiles, away from the event loop."""
+    """Turns bytes into tiles, away from the event loop and from the service's memory."""
 
-    def __init__(self, workers: WorkerPool, videos: VideoPool, max_pixels: int) -> None:
-        self._workers = workers
+    def __init__(self, pictures: MediaPool, videos: MediaPool, tokens_per_tile: int) -> None:
+        self._pictures = pictures
         self._videos = videos
-        self._max_pixels = max_pixels
+        self._tokens_per_tile = tokens_per_tile
+
+    async def start(self) -> None:
+        """Start what decodes pictures, so that the first one does not wait for it; videos wait half a second."""
+        await self._pictures.start()
 
     async def prepare(self, content: bytes, spec: MediaSpec, deadline: Deadline) -> Picture:
-        """Return the tiles; raises what `preprocess` and `VideoPool.prepare` raise."""
-        if spec.video is not None:
-            return await self._videos.prepare(content, spec.video, spec.tiling, deadline)
-        return await self._workers.run(preprocess, content, spec.tiling, self._max_pixels)
+        """Return the tiles; raises what `MediaPool.prepare` raises."""
+        pool = self._pictures if spec.video is None else self._videos
+        return await pool.prepare(content, spec.tiling, spec.video, deadline)
+
+    async def estimate(self, head: bytes, tiling: TilingSpec) -> Estimate:
+        """Return what a picture will take, by the first bytes of its file, within the current call's deadline.
+
+        Raises `MediaUnreadable`, also where more of the file is needed, `MediaTooLarge` and `DeadlineExceeded`.
+        """
+        return await self._pictures.estimate(head, tiling, self._tokens_per_tile, Deadline(remaining_s()))

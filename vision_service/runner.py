@@ -1,4 +1,4 @@
-"""Runs each replica of the vision tower on a thread of its own, and pictures' decoding on a few others.
+"""Runs each replica of the vision tower on a thread of its own, and other work that blocks on a few more.
 
 This is the file where asyncio ends: `await` on one side, plain synchronous code on the other.
 """
@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-import numpy as np
 import torch
 
 from shared.embedding import DataType
 from shared.tensors import data_type_of
 from vision_service.model.loader import LoadedTower
+from vision_service.model.passes import TowerPass, pass_of
 from vision_service.preprocess.image import Tiles
 
 P = ParamSpec("P")
@@ -48,12 +48,17 @@ class TowerIdentity:
 
 
 class ModelRunner:
-    """Owns one replica of the vision tower and the one thread that touches it. `load` is called on that thread."""
+    """Owns one replica of the vision tower and the one thread that touches it. `load` is called on that thread.
 
-    def __init__(self, load: Callable[[], LoadedTower]) -> None:
+    `max_tiles` is how many tiles there are at most in a call of `encode`, as a rule.
+    """
+
+    def __init__(self, load: Callable[[], LoadedTower], max_tiles: int = 16) -> None:
         self._load = load
+        self._max_tiles = max_tiles
         self._thread = WorkerPool(1, "model")
         self._loaded: LoadedTower | None = None
+        self._pass: TowerPass | None = None
 
     @property
     def loaded(self) -> LoadedTower:
@@ -69,11 +74,12 @@ class ModelRunner:
 
     async def load(self) -> LoadedTower:
         """Load the tower; raises `CheckpointError`."""
-        self._loaded = await self._thread.run(self._load)
-        return self._loaded
+        loaded, self._pass = await self._thread.run(self._load_pass)
+        self._loaded = loaded
+        return loaded
 
     async def encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
-        """Return the visual tokens [tokens, hidden] of every picture, on the CPU; all go through in one pass."""
+        """Return the visual tokens [tokens, hidden] of every picture, on the CPU."""
         return await self._thread.run(self._encode, pictures)
 
     def close(self) -> None:
@@ -82,9 +88,12 @@ class ModelRunner:
 
     # Below: on the model thread.
 
-    @torch.inference_mode()
+    def _load_pass(self) -> tuple[LoadedTower, TowerPass]:
+        loaded = self._load()
+        return loaded, pass_of(loaded, self._max_tiles)
+
     def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
-        tiles = torch.from_numpy(np.concatenate(pictures)).to(self.loaded.device)
-        visual_tokens = self.loaded.tower(tiles).cpu()  # [tiles, tokens per tile, hidden]
+        assert self._pass is not None
+        visual_tokens = self._pass.run(pictures)  # [tiles, tokens per tile, hidden]
         parts = torch.split(visual_tokens, [len(picture) for picture in pictures])
         return [part.flatten(0, 1) for part in parts]

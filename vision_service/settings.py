@@ -5,6 +5,7 @@ from pydantic_settings import SettingsConfigDict
 
 from shared.quantize import Quantization
 from shared.settings import DtypeName, EmbeddingStoreSettings, ServiceSettings
+from vision_service.maker import Storage
 from vision_service.preprocess.frames import DecoderName
 from vision_service.preprocess.tiling import Policy
 
@@ -30,20 +31,39 @@ class VisionSettings(ServiceSettings, EmbeddingStoreSettings):
         description="int8 and nf4 keep the matrices of the vision transformer in 8 and 4 bits, with bitsandbytes",
     )
     threads: int = Field(0, ge=0, description="CPU threads that the model may use; 0: torch's choice")
-    decode_threads: int = Field(2, ge=1, description="threads that decode pictures and cut tiles")
+    cpu_nice: int = Field(
+        0, ge=0, le=19, description="how far a model on a CPU gives way to other processes; at 10 it gets a tenth"
+    )
+    work_threads: int = Field(2, ge=1, description="threads that hash media and put embeddings together")
 
     image_policy: Policy = Field(
         "card", description="card: pictures as the model cards' code reads them; viewer: as a person sees them"
     )
 
+    picture_processes: int = Field(
+        2, ge=1, description="pictures that are decoded at a time, each in a process of its own"
+    )
+    picture_timeout_s: float = Field(10.0, gt=0, description="seconds that the decoding of a picture may take")
+    picture_memory_bytes: int = Field(
+        2 << 30, ge=1 << 29, description="address space of a process that decodes pictures"
+    )
     max_media_bytes: int = Field(32 << 20, ge=1, description="largest picture, in bytes as uploaded")
     max_pixels: int = Field(
         40_000_000, ge=1, le=_PILLOW_MAX_PIXELS, description="largest picture or video frame, in pixels"
     )
     max_tiles_limit: int = Field(40, ge=1, description="most tiles a request may ask for, without the thumbnail")
-    max_batch_tiles: int = Field(16, ge=1, description="most tiles in one forward pass")
+    max_batch_tiles: int = Field(
+        0, ge=0, description="most tiles in one forward pass; 0: 16 on a GPU, 1 on a CPU, where more gain nothing"
+    )
     max_queued_tiles: int = Field(512, ge=1, description="most tiles that wait for the vision tower")
     max_pending_pictures: int = Field(64, ge=1, description="most pictures held in memory on their way to an embedding")
+
+    embedding_storage: Storage = Field(
+        "plain", description="int8 keeps embeddings in half the bytes and very nearly as they are; see the decisions"
+    )
+    encoding_lease_s: float = Field(
+        5.0, gt=0.1, description="seconds after which another replica encodes what a replica that died was encoding"
+    )
 
     video_decoder: DecoderName = Field(
         "pyav", description="pyav: exact; decord: the model cards' choice, which returns wrong frames of some videos"

@@ -17,6 +17,7 @@ from deploy.local.service import LoadedModel, Service
 from deploy.local.valkey import LocalValkey, ValkeyError
 
 _POLL_S = 0.1
+_VISION_NICE = 10  # only a tower on a CPU gives way
 _EXIT_GRACE_S = 5.0  # what a service gets to leave after its drain
 
 
@@ -227,10 +228,11 @@ class LocalStack:
 def device_flags(stage: str, device: str) -> list[str]:
     """Return what tells a vision or an LLM service where it runs.
 
-    The vision tower gets the first device, or the only one, and the language model leaves room for it there.
+    The vision tower gets the first device, or the only one, and the language model leaves room for it there. Of CPUs it
+    takes what the language model leaves.
     """
     if stage == "vision":
-        return ["--device", device.partition(",")[0]]
+        return ["--device", device.partition(",")[0], "--cpu-nice", str(_VISION_NICE)]
     return ["--device", device, "--vit-shares-first-device"]
 
 

@@ -37,12 +37,18 @@ _Delivery = tuple[Sequence, Output]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment of the engine."""
+    """A moment of the engine, and what it has done until then.
+
+    Prefilled are tokens that were read, those read again after a preemption included; decoded, those generated.
+    """
 
     num_running: int
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
+    num_preemptions: int = 0
+    num_prefilled_tokens: int = 0
+    num_decoded_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Engine(Protocol):
         """Read the prompt and return what the request's probe finds in it; nothing is generated. Raises likewise."""
 
     def stats(self) -> EngineStats:
-        """Return the state after the last step."""
+        """Return the state after the last step; from any thread."""
 
 
 class StepRunner(Protocol):
@@ -94,6 +100,7 @@ class PagedEngine:
         self._blocks = blocks
         self._scheduler = Scheduler(blocks, limits.max_sequences, limits.max_batch_tokens, runner.copy_block)
         self._max_tokens = min(limits.max_tokens, blocks.num_blocks * blocks.block_size)
+        self._num_prefilled = self._num_decoded = 0
         self._broken = False
         self._on_broken: Callable[[], object] = lambda: None
         self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -150,9 +157,15 @@ class PagedEngine:
         return output
 
     def stats(self) -> EngineStats:
-        """Return the state after the last step."""
+        """Return the state after the last step; from any thread."""
         return EngineStats(
-            len(self._scheduler.running), len(self._scheduler.waiting), self._blocks.num_free, self._blocks.num_blocks
+            len(self._scheduler.running),
+            len(self._scheduler.waiting),
+            self._blocks.num_free,
+            self._blocks.num_blocks,
+            self._scheduler.num_preemptions,
+            self._num_prefilled,
+            self._num_decoded,
         )
 
     def _submit(self, request: EngineRequest) -> tuple[tuple[Sequence, ...], asyncio.Queue[Output]]:
@@ -232,6 +245,7 @@ class PagedEngine:
     def _advance(self, batch: list[ScheduledTokens], sampled: list[SampledToken]) -> list[_Delivery]:
         chosen = [seq for tokens in batch for seq in tokens.sampled]
         probed = [tokens.seq for tokens in batch if tokens.seq.request.probe and tokens.completes]
+        self._num_prefilled += sum(tokens.count for tokens in batch if not tokens.seq.is_answering)
         for tokens in batch:
             tokens.seq.num_computed += tokens.count
         for seq in chosen:
@@ -244,6 +258,7 @@ class PagedEngine:
         if sampled.token_id is None:
             return self._fail_without_numbers(seq)
         seq.token_ids.append(sampled.token_id)
+        self._num_decoded += 1
         if seq.constraint is not None:
             seq.constraint.accept(sampled.token_id)
         reason = seq.finish_reason()

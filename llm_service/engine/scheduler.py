@@ -44,6 +44,7 @@ class Scheduler:
         self._copy = copy
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
+        self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -126,6 +127,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence, batch: list[ScheduledTokens]) -> None:
         """Give a sequence's blocks back; it will be computed again, outputs included, when there is room."""
+        self.num_preemptions += 1
         self.running.remove(victim)
         self._blocks.release(victim)
         victim.num_computed = 0

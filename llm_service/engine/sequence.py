@@ -176,6 +176,11 @@ class Sequence:
         """Whether one token is all that a step has to compute."""
         return self.num_pending == 1 and self.num_computed > 0
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether that one token is the answer's latest, and not the rest of a prompt."""
+        return self.is_decoding and self.first_token_time is not None
+
     def finish_reason(self) -> FinishReason | None:
         """Return why the sequence ends with its last token, if it does."""
         params = self.request.params

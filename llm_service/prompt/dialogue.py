@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from llm_service.prompt import json_text
-from shared.embedding import DataType
+from shared.embedding import DataType, EmbeddingKey
 from shared.errors import EmptyMessage, InvalidRequest
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -34,6 +34,7 @@ class EmbeddingRef:
     """Names an embedding [token_count, hidden_size] and the vision replica (`host:port`) that can stream it.
 
     The rows of a video are those of its `frame_count` frames, equally many each, in order; zero means a picture.
+    `handle` is what that replica has to be shown. References are equal whatever handle they came with.
     """
 
     digest: str
@@ -43,6 +44,14 @@ class EmbeddingRef:
     data_type: DataType
     source: str
     frame_count: int = 0
+    media_digest: str = ""
+    tenant: str = ""
+    handle: bytes = field(default=b"", compare=False, repr=False)
+
+    @property
+    def key(self) -> EmbeddingKey:
+        """What the caches call the embedding."""
+        return EmbeddingKey(self.digest, self.media_digest, self.tenant)
 
 
 @dataclass(frozen=True, slots=True)

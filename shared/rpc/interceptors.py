@@ -7,18 +7,22 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import grpc
 import structlog
 
 from shared.errors import DeadlineExceeded, InternalError, NotReady, ServiceError
+from shared.metrics import NO_METRICS
+from shared.rpc.call_metrics import CallMetrics, rpc_of
 from shared.rpc.deadline import REQUEST_ID_KEY, adopt
 from shared.rpc.status import to_status
 
 log = structlog.get_logger()
 _OPEN_SERVICES = ("/grpc.health.", "/grpc.reflection.")  # answer whatever the state of the server
 _CUT_S = 2.0  # what a call that has been cut gets to say so to its client
+_DEADLINE_S: Final = 0.02  # a call that its client ends so shortly before its deadline has met that, by a clock ahead
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -75,11 +79,26 @@ class CallRegistry:
             await first_of(self._idle, timeout_s=_CUT_S)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a call ended: its status code, the reason where it is an error of ours, and that error."""
+
+    code: str
+    reason: str = ""
+    error: ServiceError | None = None
+
+    @classmethod
+    def by(cls, error: ServiceError) -> _Ending:
+        """Return the ending that tells the client an error of ours."""
+        return cls(error.code.value, error.reason, error)
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the handlers of all four shapes in one `_call` context."""
 
-    def __init__(self, calls: CallRegistry) -> None:
+    def __init__(self, calls: CallRegistry, metrics: CallMetrics | None = None) -> None:
         self._calls = calls
+        self._metrics = metrics or CallMetrics.declared(NO_METRICS)
 
     async def intercept_service(
         self,
@@ -123,44 +142,70 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
         started = time.monotonic()
-        _adopt_call(context)
+        request_id = _adopt_call(context)
         task = asyncio.current_task()
         assert task is not None
-        outcome = "OK"
+        ending = _Ending("OK")
+        self._metrics.start(rpc_of(method))
         try:
             self._calls.enter(task)
             yield
-        except asyncio.CancelledError:
-            outcome = "CANCELLED"
-            if not self._calls.cut:
+        except (asyncio.CancelledError, GeneratorExit) as end:
+            ending = self._cancelled(end, context)
+            if ending.error is None:
                 raise
-            await _abort(context, NotReady("The service is shutting down; try again.", retry_after_s=1.0))
+            await _abort(context, ending.error)
         except grpc.aio.AbortError:
+            ending = _Ending(_status_of(context))
             raise
-        except TimeoutError:
-            outcome = "DEADLINE_EXCEEDED"
-            await _abort(context, DeadlineExceeded("The deadline has passed."))
-        except ServiceError as error:
-            outcome = error.reason
-            await _abort(context, error)
-        except GeneratorExit:
-            outcome = "CANCELLED"
-            raise
-        except Exception:  # the one place where an unknown error becomes a status
-            outcome = "INTERNAL"
-            log.exception("call_failed", method=method)
-            await _abort(context, InternalError("The server failed; its log has the request id."))
+        except Exception as error:  # noqa: BLE001  the one place where an unknown error becomes a status
+            told = _told(error, method)
+            ending = _Ending.by(told)
+            await _abort(context, told)
         finally:
             self._calls.leave(task)
-            duration_ms = round((time.monotonic() - started) * 1e3, 1)
-            log.info("call_finished", method=method, outcome=outcome, duration_ms=duration_ms)
+            duration_s = time.monotonic() - started
+            self._metrics.finish(rpc_of(method), ending.code, duration_s)
+            # The id is said outright: what is left of a stream that its client left ends outside the call's context.
+            log.info(
+                "call_finished",
+                request_id=request_id,
+                method=method,
+                code=ending.code,
+                reason=ending.reason,
+                duration_ms=round(duration_s * 1e3, 1),
+            )
+
+    def _cancelled(self, end: BaseException, context: Context) -> _Ending:
+        """Return how a call ended that did not end by itself; gRPC cancels at a deadline as when the client leaves."""
+        if self._calls.cut and isinstance(end, asyncio.CancelledError):
+            return _Ending.by(NotReady("The service is shutting down; try again.", retry_after_s=1.0))
+        remaining_s = context.time_remaining()
+        is_late = remaining_s is not None and remaining_s < _DEADLINE_S
+        return _Ending("DEADLINE_EXCEEDED" if is_late else "CANCELLED")
 
 
-def _adopt_call(context: Context) -> None:
+def _told(error: Exception, method: str) -> ServiceError:
+    """Return what the client is told of an error."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded("The deadline has passed.")
+    log.exception("call_failed", method=method)
+    return InternalError("The server failed; its log has the request id.")
+
+
+def _status_of(context: Context) -> str:
+    """Return the code that a handler has ended its call with by itself."""
+    code = context.code()
+    return code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"
+
+
+def _adopt_call(context: Context) -> str:
     metadata = dict(context.invocation_metadata() or ())
     remaining = context.time_remaining()
     identity = metadata.get(REQUEST_ID_KEY, "")
-    adopt(remaining if remaining is None or remaining < 1e9 else None, str(identity))
+    return adopt(remaining if remaining is None or remaining < 1e9 else None, str(identity))
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

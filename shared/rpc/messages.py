@@ -13,11 +13,13 @@ DATA_TYPE_OF_MESSAGE: Mapping[int, DataType] = {
     embedding_pb2.DATA_TYPE_FLOAT32: "float32",
     embedding_pb2.DATA_TYPE_FLOAT16: "float16",
     embedding_pb2.DATA_TYPE_BFLOAT16: "bfloat16",
+    embedding_pb2.DATA_TYPE_INT8_ROWS: "int8_rows",
 }
 MESSAGE_OF_DATA_TYPE: Mapping[DataType, embedding_pb2.DataType.ValueType] = {
     "float32": embedding_pb2.DATA_TYPE_FLOAT32,
     "float16": embedding_pb2.DATA_TYPE_FLOAT16,
     "bfloat16": embedding_pb2.DATA_TYPE_BFLOAT16,
+    "int8_rows": embedding_pb2.DATA_TYPE_INT8_ROWS,
 }
 
 

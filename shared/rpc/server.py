@@ -5,9 +5,10 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
@@ -19,6 +20,9 @@ from grpc_reflection.v1alpha import reflection
 
 from shared.errors import CheckpointError
 from shared.logging import configure_logging
+from shared.loop_lag import declared_lag, watch_loop_lag
+from shared.metrics import NO_METRICS, Registry
+from shared.rpc.call_metrics import CallMetrics
 from shared.rpc.channel import KEEPALIVE_MS
 from shared.rpc.interceptors import CallInterceptor, CallRegistry, first_of
 from shared.settings import ServiceSettings
@@ -63,7 +67,8 @@ class Course:
         (self.hurry if self.stop.is_set() else self.stop).set()
 
 
-Lifespan = Callable[[S, str], AbstractAsyncContextManager[Application]]
+# From the settings, the address that others reach the service under, and where it declares its metrics.
+Lifespan = Callable[[S, str, Registry], AbstractAsyncContextManager[Application]]
 
 
 def run(settings: S, service: str, lifespan: Lifespan[S]) -> NoReturn:
@@ -94,11 +99,13 @@ async def serve(settings: S, lifespan: Lifespan[S], course: Course | None = None
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, course.on_signal)
     calls = CallRegistry()
-    server = grpc.aio.server(interceptors=[CallInterceptor(calls)], options=server_options(settings.max_message_bytes))
     async with AsyncExitStack() as stack:
+        registry = await stack.enter_async_context(_metrics(settings))
+        interceptor = CallInterceptor(calls, CallMetrics.declared(registry))
+        server = grpc.aio.server(interceptors=[interceptor], options=server_options(settings.max_message_bytes))
         stack.push_async_callback(server.stop, None)  # also one that has never started
         bound = _bind(server, settings.listen)
-        application = await stack.enter_async_context(lifespan(settings, settings.advertise or bound))
+        application = await stack.enter_async_context(lifespan(settings, settings.advertise or bound, registry))
         checks = await _add_health(server, application)
         application.register(server)
         await server.start()
@@ -143,13 +150,41 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     return f"{host}:{port}"
 
 
+@asynccontextmanager
+async def _metrics(settings: ServiceSettings) -> AsyncIterator[Registry]:
+    """Yield where the service's metrics go. While the context lasts they can be asked for, where the settings say so.
+
+    Raises `OSError` when the address is taken.
+    """
+    if not settings.metrics_listen:
+        yield NO_METRICS
+        return
+    # Only here: they bring an HTTP server with them.
+    from shared.metrics_endpoint import MetricsEndpoint
+    from shared.prometheus import PrometheusRegistry
+
+    registry = PrometheusRegistry()
+    with MetricsEndpoint(settings.metrics_listen, registry) as endpoint:
+        watch = asyncio.create_task(watch_loop_lag(declared_lag(registry)))
+        try:
+            log.info("metrics_listening", address=endpoint.address)
+            _write_address(settings.metrics_address_file, endpoint.address)
+            yield registry
+        finally:
+            watch.cancel()
+
+
 def _announce(settings: ServiceSettings, bound: str) -> None:
     log.info("listening", address=bound)
-    if settings.address_file:
+    _write_address(settings.address_file, bound)
+
+
+def _write_address(file: Path | None, address: str) -> None:
+    if file:
         # Written beside and moved, so that a reader never sees half an address.
-        partial = settings.address_file.with_name(f"{settings.address_file.name}.partial")
-        partial.write_text(bound)
-        partial.replace(settings.address_file)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(address)
+        partial.replace(file)
 
 
 async def _become_ready(

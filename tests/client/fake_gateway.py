@@ -36,7 +36,9 @@ class FakeGateway(
 ):
     """Holds media by digest, refuses chats that name others, and answers the rest with `answer`.
 
-    A batch has `results`; each stream of them breaks off after the next count of `breaks`, if there is one.
+    A batch has `results`; each stream of them breaks off after the next count of `breaks`, if there is one. Media are
+    prefetched from the last to the first, as far as `prefetch_limit`; those of `refused` digests are neither taken nor
+    encoded. A picture's size is behind its first `header_bytes`.
     """
 
     def __init__(self) -> None:
@@ -51,6 +53,12 @@ class FakeGateway(
         self.results: list[batch_service_pb2.BatchResult] = []
         self.breaks: list[int] = []
         self.ended: list[str] = []
+        self.prefetches: list[media_service_pb2.PrefetchRequest] = []
+        self.prefetch_limit: int | None = None
+        self.refused: dict[str, str] = {}  # reason by digest
+        self.estimates: list[media_service_pb2.EstimateRequest] = []
+        self.header_bytes = 0
+        self.deleted: list[str] = []
         self.conversations: dict[str, conversation_service_pb2.CreateConversationRequest] = {}
         self.answer: Callable[[chat_service_pb2.ChatRequest, grpc.ServicerContext], Responses] = (
             lambda request, context: answer_of("It ", "is a cat.")
@@ -74,9 +82,36 @@ class FakeGateway(
         chunks = [request.chunk for request in request_iterator]
         content = b"".join(chunks)
         assert hashlib.sha256(content).hexdigest() == digest
+        if digest in self.refused:
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, self.refused[digest])
         self.uploads.append([len(chunk) for chunk in chunks])
         self.media[digest] = content
         return media_service_pb2.UploadResponse(digest=digest, size_bytes=len(content))
+
+    def Prefetch(self, request: Any, context: Any) -> Iterator[media_service_pb2.PrefetchResponse]:
+        self.prefetches.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        for index in list(reversed(range(len(request.media))))[: self.prefetch_limit]:
+            yield self._prefetched(index, request.media[index])
+
+    def Estimate(self, request: Any, context: Any) -> media_service_pb2.EstimateResponse:
+        self.estimates.append(request)
+        medium = request.media
+        if medium.digest and medium.digest not in self.media:
+            refuse(context, grpc.StatusCode.NOT_FOUND, "MEDIA_NOT_FOUND", resource_info(medium.digest))
+        content = self.media[medium.digest] if medium.digest else medium.inline
+        if len(content) < self.header_bytes:
+            refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "MEDIA_UNREADABLE")
+        return media_service_pb2.EstimateResponse(
+            width=640, height=480, columns=4, rows=3, tile_count=13, token_count=3328
+        )
+
+    def DeleteMedium(self, request: Any, context: Any) -> media_service_pb2.DeleteMediumResponse:
+        self.deleted.append(request.digest)
+        self.media.pop(request.digest, None)
+        if request.digest in self.refused:
+            refuse(context, grpc.StatusCode.UNAVAILABLE, self.refused[request.digest])
+        return media_service_pb2.DeleteMediumResponse(embedding_count=2)
 
     def CreateConversation(self, request: Any, context: Any) -> conversation_service_pb2.CreateConversationResponse:
         identity = f"c{len(self.conversations)}"
@@ -128,6 +163,22 @@ class FakeGateway(
         if count is not None:
             refuse(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY")
 
+    def _prefetched(self, index: int, medium: content_pb2.Media) -> media_service_pb2.PrefetchResponse:
+        digest = medium.digest or hashlib.sha256(medium.inline).hexdigest()
+        if medium.digest and medium.digest not in self.media:
+            error = batch_service_pb2.BatchError(code=5, reason="MEDIA_NOT_FOUND", message="Ours.", resource=digest)
+            return media_service_pb2.PrefetchResponse(index=index, error=error)
+        if digest in self.refused:
+            error = batch_service_pb2.BatchError(
+                code=3, reason=self.refused[digest], message="Ours.", field=f"media[{index}]"
+            )
+            return media_service_pb2.PrefetchResponse(index=index, error=error)
+        tier = embedding_pb2.CACHE_TIER_STORE if digest in self.media else embedding_pb2.CACHE_TIER_NONE
+        receipt = chat_service_pb2.MediaReceipt(
+            media_digest=digest, tile_count=13, columns=4, rows=3, token_count=3328, cache_tier=tier
+        )
+        return media_service_pb2.PrefetchResponse(index=index, receipt=receipt)
+
     def _batch(self) -> batch_service_pb2.Batch:
         state = batch_service_pb2.BATCH_STATE_CANCELLED if self.ended else batch_service_pb2.BATCH_STATE_RUNNING
         return batch_service_pb2.Batch(batch_id="b0", state=state, item_count=len(self.results), succeeded_count=1)
@@ -143,7 +194,8 @@ class FakeGateway(
 @contextmanager
 def serving(gateway: FakeGateway) -> Iterator[FakeGateway]:
     """Serve `gateway` on a free port."""
-    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 8 << 20)]
+    server = grpc.server(ThreadPoolExecutor(8), options=options)
     gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     chat_service_pb2_grpc.add_ChatServiceServicer_to_server(gateway, server)
     conversation_service_pb2_grpc.add_ConversationServiceServicer_to_server(gateway, server)

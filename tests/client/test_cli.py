@@ -4,22 +4,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from PIL import Image
 
-from internvl_client import cli
 from internvl_client.running import RunningSystem, announce, find_running, withdraw
+from tests.client.command_line import run
 from tests.client.fake_gateway import FakeGateway, answer_of, candidates_of, refuse
 
-
-@pytest.fixture(autouse=True)
-def own_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing runs here, whatever runs on the machine."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.delenv("INTERNVL_ADDRESS", raising=False)
+pytestmark = pytest.mark.usefixtures("own_account")
 
 
 @pytest.fixture
@@ -27,14 +21,6 @@ def picture(tmp_path: Path) -> Path:
     path = tmp_path / "cat.jpg"
     path.write_bytes(b"not looked at here")
     return path
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any, ...]:
-    """Run the command; return exit code or message, and what it printed."""
-    monkeypatch.setattr(sys, "argv", ["internvl", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code, capsys.readouterr().out
 
 
 def test_chat_prints_the_answer_and_what_it_cost(

@@ -41,7 +41,7 @@ def test_the_vision_tower_and_the_language_model_share_the_first_device() -> Non
     shared = "--vit-shares-first-device"
     for device, first in (("auto", "auto"), ("cpu", "cpu"), ("cuda:1", "cuda:1"), ("cuda:0,cuda:1", "cuda:0")):
         vision, llm = (device_flags(stage, device) for stage in ("vision", "llm"))
-        assert (vision, llm) == (["--device", first], ["--device", device, shared])
+        assert (vision, llm) == (["--device", first, "--cpu-nice", "10"], ["--device", device, shared])
         # The services themselves understand it.
         common = ["--model", ".", "--listen", "127.0.0.1:0"]
         assert VisionSettings.from_command_line("vision", [*common, *vision]).devices == first

@@ -32,6 +32,7 @@ from gateway.events import (
     VideoFrame,
 )
 from gateway.media import LocalMediaCache, MediaLibrary, MediaStore, RedisMediaStore, StoredMedium
+from gateway.metrics import UNOBSERVED, GatewayMetrics
 from gateway.prompt import EmbeddingHandle, VisualSegment
 from shared.digest import digest_of
 from shared.errors import StoreUnavailable
@@ -85,18 +86,21 @@ class FakeVision:
         self.encoded: set[Medium] = set()
         self.finds: list[Medium] = []
         self.encodes: list[bytes] = []
+        self.prefetches: list[Medium] = []
         self.errors: list[Exception] = []
         self.gate: asyncio.Event | None = None
         self.running = self.most_running = self.cancelled = 0
 
-    async def find(self, medium: Medium) -> Encoded | None:
+    async def find(self, medium: Medium, *, prefetch: bool = False) -> Encoded | None:
         self.finds.append(medium)
+        self.prefetches += [medium] if prefetch else []
         await self._pause()
         is_hit = medium.digest in self.cached or medium in self.encoded
         return embedded(medium, CacheTier.STORE) if is_hit else None
 
-    async def encode(self, medium: Medium, content: bytes) -> Encoded:
+    async def encode(self, medium: Medium, content: bytes, *, prefetch: bool = False) -> Encoded:
         assert digest_of(content) == medium.digest
+        assert prefetch == (medium in self.prefetches)
         self.encodes.append(content)
         await self._pause()
         self.encoded.add(medium)
@@ -187,6 +191,10 @@ class MemoryMediaStore:
         self._reach()
         self.touched += digests
 
+    async def delete(self, digest: str) -> None:
+        self._reach()
+        self.contents.pop(digest, None)
+
 
 def redis_of(url: str) -> Redis:
     # Longer than in production: the machine that runs the tests may be busy with others.
@@ -203,12 +211,13 @@ class Gateway:
     media_store: MediaStore
     limits: Limits = field(default_factory=Limits)
     cache_bytes: int = 1 << 20
+    metrics: GatewayMetrics = UNOBSERVED
 
     def __post_init__(self) -> None:
         self.library = MediaLibrary(self.media_store, LocalMediaCache(self.cache_bytes), self.limits.media_bytes)
         self.conversations = ConversationStore(self.redis, 3600, 15.0, self.limits.text_chars)
         encoder = MediaEncoder(self.vision, self.library, parallel=8)
-        self.chat = Chat(self.llm, encoder, self.library, self.conversations, self.limits)
+        self.chat = Chat(self.llm, encoder, self.library, self.conversations, self.limits, metrics=self.metrics)
 
     async def answer(self, request: ChatRequest) -> list[ChatEvent]:
         return [event async for event in self.chat.answer(request)]

@@ -9,8 +9,8 @@ from redis.asyncio import Redis
 
 from gateway.content import MediaPart, Medium, Message, PreprocessOptions, Role, ToolCall, VideoOptions
 from gateway.conversations import ConversationStore
-from gateway.reach import reaching_store
 from shared.errors import ConversationBusy, ConversationNotFound, InvalidRequest, StoreUnavailable
+from shared.reach import reaching_store
 from tests.gateway.fakes_gateway import CAT, DOG, assistant, by_digest, redis_of, user
 
 

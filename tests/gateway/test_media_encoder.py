@@ -1,4 +1,4 @@
-"""How the gateway waits for a vision service that is full."""
+"""How the gateway waits for a vision service that is full, and does without one that is away."""
 
 import asyncio
 
@@ -24,10 +24,10 @@ class CrowdedVision:
         self.retry_after_s = retry_after_s
         self.working = self.most_working = self.refused = 0
 
-    async def find(self, medium: Medium) -> Encoded | None:
+    async def find(self, medium: Medium, *, prefetch: bool = False) -> Encoded | None:
         return None
 
-    async def encode(self, medium: Medium, content: bytes) -> Encoded:
+    async def encode(self, medium: Medium, content: bytes, *, prefetch: bool = False) -> Encoded:
         if self.working >= self.places:
             self.refused += 1
             raise QueueFull("Full.", retry_after_s=self.retry_after_s)
@@ -97,3 +97,17 @@ async def test_room_and_a_lost_replica_are_both_waited_for() -> None:
     vision.errors = [VisionUnavailable("Lost."), VisionUnavailable("Lost.")]
     with pytest.raises(VisionUnavailable):
         await encoder(vision, patience_s=60.0).encode(videos(1))
+
+
+async def test_while_vision_is_away_a_handle_from_earlier_does() -> None:
+    vision = FakeVision()
+    media = encoder(vision, patience_s=60.0)
+    (earlier,) = (await media.encode(videos(1))).values()
+    vision.errors = [VisionUnavailable("Away.")] * 4
+    (again,) = (await media.encode(videos(1))).values()
+    assert (again.handle, again.cache_tier) == (earlier.handle, CacheTier.LOCAL)
+    with pytest.raises(VisionUnavailable):
+        await media.encode_again(videos(1))
+    vision.errors = [VisionUnavailable("Away.")] * 2
+    with pytest.raises(VisionUnavailable):
+        await media.encode(videos(2)[1:])

@@ -15,6 +15,7 @@ from llm_service.candidate import Delta
 from llm_service.embeddings import EmbeddingReader
 from llm_service.engine.engine import PagedEngine
 from llm_service.engine.sequence import SamplingParams
+from llm_service.metrics import UNOBSERVED, LlmMetrics
 from llm_service.prompt.dialogue import Dialogue, EmbeddingRef, Role, Segment, TextSegment, Turn, VisualSegment
 from llm_service.settings import LlmSettings
 from shared.digest import digest_of_fields
@@ -49,7 +50,7 @@ class GoldenMedia:
         self.fetched.append(ref.digest)
         rows = torch.cat([self._model.embedding(image) for image in self._held[ref.digest]])
         info = EmbeddingInfo(ref.tile_count, ref.token_count, ref.hidden_size, "float32", 1, 1, 1, 1)
-        return Embedding(ref.digest, info, bytes_of(rows))
+        return Embedding(ref.key, info, bytes_of(rows))
 
     def dialogue(self, case: GoldenTurn, *, as_video: bool = False) -> Dialogue:
         """Return a case's dialogue; `as_video` its pictures are the frames of one medium."""
@@ -117,17 +118,16 @@ def loaded(checkpoint: str) -> LoadedModel:
 
 
 @asynccontextmanager
-async def asking(checkpoint: str = CHECKPOINT) -> AsyncIterator[Asking]:
+async def asking(checkpoint: str = CHECKPOINT, metrics: LlmMetrics = UNOBSERVED) -> AsyncIterator[Asking]:
     """Yield an answerer; at the end every block has come back."""
     model, media = loaded(checkpoint), GoldenMedia(golden_model(checkpoint))
     reader = EmbeddingReader(LocalEmbeddingCache(64 << 20), NoEmbeddingStore(), media)
     engine = model.engine()
     engine.start()
     admission = Admission(100, 64 << 20)
+    answerer = Answerer(model.facts(), model.writer(), model.schemas(), reader, engine, admission, metrics)
     try:
-        yield Asking(
-            model, media, engine, Answerer(model.facts(), model.writer(), model.schemas(), reader, engine, admission)
-        )
+        yield Asking(model, media, engine, answerer)
     finally:
         engine.stop()
     assert engine.stats().num_free_blocks == engine.stats().num_blocks

@@ -3,14 +3,18 @@
 import math
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from llm_service import convert
 from llm_service.prompt.dialogue import Role, TextSegment, Tool, ToolCallSegment
-from shared.errors import InvalidGenerationConfig, InvalidRequest
+from shared.embedding import EmbeddingKey
+from shared.errors import EmbeddingHandleInvalid, EmbeddingNotFound, InvalidGenerationConfig, InvalidRequest
+from shared.rpc.handles import HandleSigner
 
 STOP_IDS = frozenset({7})
+SIGNER = HandleSigner("key")
 
 
 def options(**fields: object) -> object:
@@ -80,7 +84,7 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> N
 
 def test_more_turns_than_any_dialogue_has_are_refused() -> None:
     with pytest.raises(InvalidRequest):
-        convert.dialogue_of(pb.Prompt(turns=[pb.Turn()] * (convert.MAX_TURNS + 1)))
+        convert.dialogue_of(pb.Prompt(turns=[pb.Turn()] * (convert.MAX_TURNS + 1)), SIGNER)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +148,11 @@ def test_turns_and_segments_become_a_dialogue() -> None:
             pb.Turn(role=generation_pb2.ROLE_USER, segments=[pb.Segment(text="c")]),
         ],
     )
-    dialogue = convert.dialogue_of(prompt)
+    dialogue = convert.dialogue_of(prompt, SIGNER)
     assert dialogue.system_message == ""
     assert [turn.role for turn in dialogue.turns] == [Role.USER, Role.ASSISTANT, Role.USER]
     assert dialogue.turns[0].segments == (TextSegment("a"),)
-    assert convert.dialogue_of(pb.Prompt(turns=prompt.turns)).system_message is None
+    assert convert.dialogue_of(pb.Prompt(turns=prompt.turns), SIGNER).system_message is None
 
 
 @pytest.mark.parametrize(
@@ -162,12 +166,12 @@ def test_turns_and_segments_become_a_dialogue() -> None:
 )
 def test_a_segment_that_is_neither_text_nor_a_sound_handle_is_refused(segment: pb.Segment) -> None:
     with pytest.raises(InvalidRequest):
-        convert.dialogue_of(pb.Prompt(turns=[pb.Turn(role=generation_pb2.ROLE_USER, segments=[segment])]))
+        convert.dialogue_of(pb.Prompt(turns=[pb.Turn(role=generation_pb2.ROLE_USER, segments=[segment])]), SIGNER)
 
 
 def test_a_turn_without_a_role_is_refused() -> None:
     with pytest.raises(InvalidRequest):
-        convert.dialogue_of(pb.Prompt(turns=[pb.Turn(segments=[pb.Segment(text="a")])]))
+        convert.dialogue_of(pb.Prompt(turns=[pb.Turn(segments=[pb.Segment(text="a")])]), SIGNER)
 
 
 def user(*segments: pb.Segment) -> pb.Turn:
@@ -182,21 +186,51 @@ def video(frame: int | None, frame_count: int = 4, **changes: int) -> pb.Segment
         hidden_size=8,
         data_type=embedding_pb2.DATA_TYPE_FLOAT32,
         frame_count=frame_count,
+        media_digest="b" * 64,
+        tenant="acme",
+        expire_time=Timestamp(seconds=1 << 33),
     )
     handle.MergeFrom(embedding_pb2.EmbeddingHandle(**changes))  # type: ignore[arg-type]
+    SIGNER.sign(handle)
     return pb.Segment(visual=pb.VisualSegment(embeddings=[handle], frame=frame))
 
 
 def test_a_frame_is_its_rows_of_the_videos_embedding() -> None:
-    dialogue = convert.dialogue_of(pb.Prompt(turns=[user(video(3), video(None))]))
+    dialogue = convert.dialogue_of(pb.Prompt(turns=[user(video(3), video(None))]), SIGNER)
     assert [(run.offset, run.length) for run in dialogue.slices] == [(12, 4), (0, 16)]
     assert len(set(dialogue.embeddings)) == 1
+
+
+def test_a_reference_says_whose_medium_it_was_and_keeps_its_handle() -> None:
+    segment = video(None)
+    (ref,) = convert.dialogue_of(pb.Prompt(turns=[user(segment)]), SIGNER).embeddings
+    assert ref.key == EmbeddingKey("a" * 64, "b" * 64, "acme")
+    assert embedding_pb2.EmbeddingHandle.FromString(ref.handle) == segment.visual.embeddings[0]
+
+
+def test_a_handle_of_another_key_or_changed_since_is_refused() -> None:
+    def changed(**fields: object) -> pb.Segment:
+        segment = video(None)
+        segment.visual.embeddings[0].MergeFrom(embedding_pb2.EmbeddingHandle(**fields))  # type: ignore[arg-type]
+        return segment
+
+    for segment in (changed(tenant="other"), changed(source="elsewhere:1"), changed(token_count=32)):
+        with pytest.raises(EmbeddingHandleInvalid):
+            convert.dialogue_of(pb.Prompt(turns=[user(segment)]), SIGNER)
+    with pytest.raises(EmbeddingHandleInvalid):
+        convert.dialogue_of(pb.Prompt(turns=[user(video(None))]), HandleSigner("another key"))
+
+
+def test_a_handle_that_has_expired_is_one_whose_embedding_is_not_found() -> None:
+    with pytest.raises(EmbeddingNotFound) as missing:
+        convert.dialogue_of(pb.Prompt(turns=[user(video(None))]), HandleSigner("key", clock=lambda: float(1 << 33)))
+    assert missing.value.resource == "a" * 64
 
 
 @pytest.mark.parametrize("segment", [video(-1), video(4), video(0, 0), video(0, 3), video(0, -4)])
 def test_a_frame_that_the_video_does_not_have_is_refused(segment: pb.Segment) -> None:
     with pytest.raises(InvalidRequest):
-        convert.dialogue_of(pb.Prompt(turns=[user(segment)]))
+        convert.dialogue_of(pb.Prompt(turns=[user(segment)]), SIGNER)
 
 
 def call(name: str = "look", arguments_json: str = "{}") -> pb.Segment:
@@ -213,7 +247,7 @@ def tool_prompt(*calls: pb.Segment, results: int = 1, **tool: str) -> pb.Prompt:
 
 
 def test_calls_and_their_results_become_turns_a_result_each() -> None:
-    dialogue = convert.dialogue_of(tool_prompt(call(), call(), results=2))
+    dialogue = convert.dialogue_of(tool_prompt(call(), call(), results=2), SIGNER)
     assert [turn.role for turn in dialogue.turns] == [Role.USER, Role.ASSISTANT, Role.TOOL, Role.TOOL]
     assert dialogue.turns[1].segments == (ToolCallSegment("look", "{}"),) * 2
     assert dialogue.turns[3].segments == (TextSegment("r1"),)
@@ -235,4 +269,4 @@ def test_calls_and_their_results_become_turns_a_result_each() -> None:
 )
 def test_tools_calls_and_results_that_cannot_be_written_are_refused(prompt: pb.Prompt) -> None:
     with pytest.raises(InvalidRequest):
-        convert.dialogue_of(prompt)
+        convert.dialogue_of(prompt, SIGNER)

@@ -17,9 +17,10 @@ from vision_service.model.tower import pixel_values
 from vision_service.preprocess.frames import VideoSpec, choose_frames
 from vision_service.preprocess.image import Picture
 from vision_service.preprocess.tiling import TilingSpec
-from vision_service.video.pool import VideoPool, WorkerSettings
 from vision_service.video.preparation import prepare, source_of
 from vision_service.video.source import VideoLimits
+from vision_service.workers.pool import MediaPool
+from vision_service.workers.settings import VideoWork, WorkerSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CLIPS: list[dict[str, Any]] = json.loads((GOLDEN / "video/video.json").read_text())["clips"]
@@ -74,18 +75,19 @@ def test_pyav_sees_what_the_card_sees(clip: dict[str, Any], run: dict[str, Any])
 
 
 @pytest.fixture
-def decord_pool() -> Iterator[VideoPool]:
-    pool = VideoPool(WorkerSettings("decord", LIMITS, timeout_s=60, memory_bytes=4 << 30), processes=1)
+def decord_pool() -> Iterator[MediaPool]:
+    work = VideoWork("decord", LIMITS)
+    pool = MediaPool(WorkerSettings(work, timeout_s=60, memory_bytes=4 << 30, max_media=100), processes=1)
     yield pool
     pool.close()
 
 
 @pytest.mark.skipif(find_spec("decord") is None, reason="decord has wheels for x86-64 only")
-async def test_decord_gives_the_cards_pixel_values_bit_for_bit(decord_pool: VideoPool) -> None:
+async def test_decord_gives_the_cards_pixel_values_bit_for_bit(decord_pool: MediaPool) -> None:
     for clip, run in RUNS:
         video, tiling = spec_of(run)
         spec = VideoSpec(video.segment_count, video.start_s, video.end_s, "decord")
-        picture = await decord_pool.prepare(content_of(clip), spec, tiling, Deadline(None))
+        picture = await decord_pool.prepare(content_of(clip), tiling, spec, Deadline(None))
         check(picture, run, tolerance=1e-6)
         values = pixel_values(torch.from_numpy(picture.tiles.copy())).numpy()
         assert hashlib.sha256(values.tobytes()).hexdigest() == run["pixel_values_sha256"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
@@ -19,6 +20,7 @@ from llm_service.app import lifespan
 from llm_service.settings import LlmSettings
 from shared.errors import LlmUnavailable, ServiceError
 from shared.rpc.channel import open_channel
+from shared.rpc.handles import HandleSigner
 from shared.rpc.server import serve
 from shared.rpc.status import from_rpc_error
 from tests.golden_cases import CHECKPOINTS, GOLDEN
@@ -39,8 +41,9 @@ class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
         self.num_rows = TOKENS_PER_TILE
 
     async def FetchEmbedding(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        self.asked.append(request.digest)
-        if request.digest not in self.held:
+        digest = request.handle.digest
+        self.asked.append(digest)
+        if digest not in self.held:
             await context.abort(grpc.StatusCode.NOT_FOUND, "gone")
         header = vision_service_pb2.FetchEmbeddingHeader(
             tile_count=self.tile_count,
@@ -49,8 +52,8 @@ class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
             data_type=embedding_pb2.DATA_TYPE_FLOAT32,
         )
         yield vision_service_pb2.FetchEmbeddingResponse(header=header)
-        if request.digest in self.content:
-            yield vision_service_pb2.FetchEmbeddingResponse(chunk=self.content[request.digest])
+        if digest in self.content:
+            yield vision_service_pb2.FetchEmbeddingResponse(chunk=self.content[digest])
             return
         for _ in range(self.num_rows):
             yield vision_service_pb2.FetchEmbeddingResponse(chunk=bytes(HIDDEN * 4))
@@ -94,15 +97,20 @@ def picture_prompt(handle: embedding_pb2.EmbeddingHandle) -> pb.Prompt:
 
 
 def handle(source: str, digest: str = "ab" * 32, **changes: Any) -> embedding_pb2.EmbeddingHandle:
+    """Return a handle as a vision service without a key signs it."""
     fields = {
         "digest": digest,
+        "media_digest": "cd" * 32,
+        "expire_time": Timestamp(seconds=1 << 33),
         "tile_count": 1,
         "token_count": TOKENS_PER_TILE,
         "hidden_size": HIDDEN,
         "data_type": embedding_pb2.DATA_TYPE_FLOAT32,
         "source": source,
     }
-    return embedding_pb2.EmbeddingHandle(**(fields | changes))
+    issued = embedding_pb2.EmbeddingHandle(**(fields | changes))
+    HandleSigner("").sign(issued)
+    return issued
 
 
 def request(asked: pb.Prompt, **config: Any) -> pb.GenerateRequest:

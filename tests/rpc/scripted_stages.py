@@ -29,7 +29,7 @@ from internvl_serving.gateway.v1 import (
 from internvl_serving.llm.v1 import llm_service_pb2, llm_service_pb2_grpc
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 from shared.digest import digest_of
-from shared.errors import EmbeddingNotFound, LlmUnavailable, ServiceError
+from shared.errors import EmbeddingNotFound, LlmUnavailable, MediaUnreadable, ServiceError
 from shared.rpc.deadline import remaining_s, request_id
 from shared.rpc.interceptors import CallInterceptor, CallRegistry
 from shared.rpc.server import serve, server_options
@@ -42,12 +42,18 @@ GENERATION = generation_pb2.GenerationConfig
 
 
 class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
-    """Encodes anything, once, a video as its frames; `error` is raised instead, when set."""
+    """Encodes anything, once, a video as its frames; `error` is raised instead, when set.
+
+    Estimates any picture of which it gets `header_bytes`, and erases what it has encoded.
+    """
 
     def __init__(self) -> None:
         self.known: dict[str, bytes] = {}
         self.headers: list[vision_service_pb2.EncodeHeader] = []
         self.calls: list[tuple[str, float | None]] = []
+        self.estimates: list[vision_service_pb2.EstimateRequest] = []
+        self.header_bytes = 0
+        self.erased: list[tuple[str, str]] = []
         self.error: ServiceError | None = None
 
     async def Encode(self, request_iterator: Any, context: Any) -> vision_service_pb2.EncodeResponse:
@@ -65,7 +71,8 @@ class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
         is_video = header.options.HasField("video")
         frame_count = (header.options.video.segment_count or 8) if is_video else 0
         handle = embedding_pb2.EmbeddingHandle(
-            digest=digest_of(header.SerializeToString()),
+            # Whether somebody waits for an embedding is no part of what it is.
+            digest=digest_of(header.media_digest.encode() + header.options.SerializeToString()),
             media_digest=header.media_digest,
             tile_count=frame_count or 3,
             token_count=256 * (frame_count or 3),
@@ -89,6 +96,23 @@ class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
     async def FetchEmbedding(self, request: Any, context: Any) -> AsyncIterator[Any]:
         raise AssertionError("the gateway fetches no embeddings")
         yield
+
+    async def Estimate(self, request: Any, context: Any) -> vision_service_pb2.EstimateResponse:
+        self.estimates.append(request)
+        if self.error:
+            raise self.error
+        if len(request.content) < self.header_bytes:
+            raise MediaUnreadable("More of the file is needed.")
+        return vision_service_pb2.EstimateResponse(
+            width=640, height=480, columns=4, rows=3, tile_count=13, token_count=3328
+        )
+
+    async def Erase(self, request: Any, context: Any) -> vision_service_pb2.EraseResponse:
+        self.erased.append((request.tenant, request.media_digest))
+        if self.error:
+            raise self.error
+        is_held = self.known.pop(request.media_digest, None) is not None
+        return vision_service_pb2.EraseResponse(embedding_count=1 if is_held else 0)
 
 
 class ScriptedLlm(llm_service_pb2_grpc.LlmServiceServicer):

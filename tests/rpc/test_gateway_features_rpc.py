@@ -1,17 +1,25 @@
-"""Videos, candidates, critics, tools and batches through the gateway as a server, between real channels."""
+"""Videos, candidates, critics, tools, batches and media by themselves, through the gateway between real channels."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from gateway.media import RedisMediaStore
 from gateway.settings import GatewaySettings
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
-from internvl_serving.gateway.v1 import batch_service_pb2, chat_service_pb2, content_pb2, conversation_service_pb2
+from internvl_serving.gateway.v1 import (
+    batch_service_pb2,
+    chat_service_pb2,
+    content_pb2,
+    conversation_service_pb2,
+    media_service_pb2,
+)
 from internvl_serving.llm.v1 import llm_service_pb2
 from shared.digest import digest_of
 from shared.errors import (
@@ -24,6 +32,8 @@ from shared.errors import (
     ServiceError,
     VideoRangeEmpty,
 )
+from shared.rpc.status import from_rpc_error
+from tests.gateway.fakes_gateway import redis_of
 from tests.rpc.scripted_stages import (
     ASSISTANT,
     CAT,
@@ -476,3 +486,157 @@ async def test_an_answer_lost_on_the_way_is_asked_for_again(client: Client) -> N
     client.llm.errors = [LlmUnavailable("Lost.")] * 8  # more than one chat's own tries
     found = await results(client, (await create(client, chat_request("Hi"))).batch_id)
     assert found[0].answer.text == "A cat."
+
+
+# Media without a question.
+
+UNKNOWN = b"never uploaded"
+
+
+def picture(content: bytes = DOG, **options: Any) -> content_pb2.Media:
+    return content_pb2.Media(inline=content, options=embedding_pb2.PreprocessOptions(**options))
+
+
+def uploaded(content: bytes, **options: Any) -> content_pb2.Media:
+    return content_pb2.Media(digest=digest_of(content), options=embedding_pb2.PreprocessOptions(**options))
+
+
+async def prefetched(client: Client, *media: content_pb2.Media) -> dict[int, media_service_pb2.PrefetchResponse]:
+    call = client.media.Prefetch(media_service_pb2.PrefetchRequest(media=media), timeout=20)
+    return {response.index: response async for response in call}
+
+
+async def estimated(client: Client, media: content_pb2.Media) -> media_service_pb2.EstimateResponse:
+    answer = await client.media.Estimate(media_service_pb2.EstimateRequest(media=media))
+    assert isinstance(answer, media_service_pb2.EstimateResponse)
+    return answer
+
+
+async def failure_of(call: Awaitable[Any]) -> str:
+    """Return the reason, or nothing where there is none."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error, LlmUnavailable).reason
+    return ""
+
+
+async def test_a_question_about_prefetched_media_finds_them_encoded(client: Client) -> None:
+    await client.upload(digest_of(CAT), CAT[: 1 << 20], CAT[1 << 20 :])
+    clip = video(DOG, segment_count=2)
+    responses = await prefetched(client, uploaded(CAT, max_tiles=6), clip)
+    cat, dog = responses[0].receipt, responses[1].receipt
+    assert (cat.media_digest, cat.tile_count, cat.columns, cat.rows, cat.token_count) == (digest_of(CAT), 3, 2, 1, 768)
+    assert [receipt.cache_tier for receipt in (cat, dog)] == [embedding_pb2.CACHE_TIER_NONE] * 2
+    assert (len(dog.frames), dog.transfer_tier) == (2, embedding_pb2.CACHE_TIER_UNSPECIFIED)
+    assert all(header.prefetch for header in client.vision.headers)
+    client.vision.headers.clear()
+    events = await client.ask(uploaded(CAT, max_tiles=6), clip, "What?")
+    assert [receipt.cache_tier for receipt in events[-1].finished.receipts] == [embedding_pb2.CACHE_TIER_STORE] * 2
+    assert [(header.prefetch, header.options) for header in client.vision.headers] == [
+        (False, embedding_pb2.PreprocessOptions(max_tiles=6)),
+        (False, clip.options),
+    ]
+
+
+async def test_each_medium_s_failure_is_its_own(client: Client) -> None:
+    responses = await prefetched(client, uploaded(UNKNOWN), picture(), picture(b""), video(segment_count=0))
+    assert responses[1].receipt.media_digest == digest_of(DOG)
+    errors = [responses[index].error for index in (0, 2, 3)]
+    assert [(error.code, error.reason, error.field, error.resource) for error in errors] == [
+        (5, "MEDIA_NOT_FOUND", "", digest_of(UNKNOWN)),
+        (3, "MEDIA_UNREADABLE", "media[2]", ""),
+        (3, "INVALID_REQUEST", "media[3].options.video.segment_count", ""),
+    ]
+
+
+async def test_what_the_vision_service_refuses_has_its_place(client: Client) -> None:
+    client.vision.error = InvalidRequest("Too many.", field="header.options.max_tiles")
+    responses = await prefetched(client, picture(max_tiles=9000))
+    assert (responses[0].error.field, responses[0].error.message) == ("media[0].options.max_tiles", "Too many.")
+
+
+@pytest.mark.parametrize(
+    ("media", "field"),
+    [
+        ([], "media"),
+        ([picture()] * 1001, "media"),
+        ([picture(), content_pb2.Media()], "media[1]"),
+        ([content_pb2.Media(digest="cat.jpg")], "media[0].digest"),
+    ],
+)
+async def test_what_cannot_be_prefetched_is_refused(client: Client, media: list[Any], field: str) -> None:
+    call = client.media.Prefetch(media_service_pb2.PrefetchRequest(media=media))
+    error = await error_of(call.read())
+    assert (error.reason, error.field) == ("INVALID_REQUEST", field)
+    assert client.vision.calls == []
+
+
+async def test_an_estimate_is_made_of_what_comes_along_or_was_uploaded(client: Client) -> None:
+    found = await estimated(client, picture(max_tiles=6))
+    assert (found.width, found.height, found.columns, found.rows) == (640, 480, 4, 3)
+    assert (found.tile_count, found.token_count) == (13, 3328)
+    await client.upload(digest_of(CAT), CAT[: 1 << 20], CAT[1 << 20 :])
+    await estimated(client, uploaded(CAT))
+    client.vision.header_bytes = 1 << 20
+    await estimated(client, uploaded(CAT))
+    sent = [(len(request.content), request.options.max_tiles) for request in client.vision.estimates]
+    assert sent == [(len(DOG), 6), (64 << 10, 0), (64 << 10, 0), (len(CAT), 0)]
+    assert client.vision.headers == []
+
+
+async def test_an_estimate_that_cannot_be_made_has_its_reason(client: Client) -> None:
+    missing = await error_of(estimated(client, uploaded(UNKNOWN)))
+    assert (missing.reason, missing.resource) == ("MEDIA_NOT_FOUND", digest_of(UNKNOWN))
+    client.vision.header_bytes = 1 << 20
+    unreadable = await error_of(estimated(client, picture()))
+    assert (unreadable.reason, unreadable.field) == ("MEDIA_UNREADABLE", "media")
+    client.vision.error = InvalidRequest("No video.", field="options.video")
+    assert (await error_of(estimated(client, video()))).field == "media.options.video"
+    assert (await error_of(estimated(client, content_pb2.Media()))).field == "media"
+
+
+async def test_a_picture_too_large_for_a_message_is_not_sent_for_an_estimate(tmp_path: Path, redis_url: str) -> None:
+    async with running(tmp_path, redis_url, max_message_bytes=2 << 20) as client:
+        large = bytes(3 << 20)
+        await client.upload(
+            digest_of(large), *(large[start : start + (1 << 20)] for start in range(0, 3 << 20, 1 << 20))
+        )
+        client.vision.header_bytes = 1 << 20
+        assert (await error_of(estimated(client, uploaded(large)))).reason == "MEDIA_UNREADABLE"
+
+
+async def test_a_medium_is_deleted_with_its_embeddings(client: Client) -> None:
+    await client.upload(digest_of(DOG), DOG)
+    await client.ask(uploaded(DOG), "What?")
+    request = media_service_pb2.DeleteMediumRequest(digest=digest_of(DOG))
+    assert (await client.media.DeleteMedium(request)).embedding_count == 1
+    assert (await client.media.DeleteMedium(request)).embedding_count == 0
+    assert client.vision.erased == [("", digest_of(DOG))] * 2
+    missing = client.media.FindMissing(media_service_pb2.FindMissingRequest(digests=[digest_of(DOG)]))
+    assert list((await missing).missing_digests) == [digest_of(DOG)]
+    error = await error_of(client.chat.Chat(chat_request(uploaded(DOG), "What?")).read())
+    assert (error.reason, error.resource) == ("MEDIA_NOT_FOUND", digest_of(DOG))
+
+
+async def test_a_gateway_forgets_a_medium_that_another_deletes(client: Client, redis_url: str) -> None:
+    await client.upload(digest_of(DOG), DOG)
+    async with redis_of(redis_url) as redis:
+        await RedisMediaStore(redis, ttl_s=60).delete(digest_of(DOG))
+    async with asyncio.timeout(20):
+        while await failure_of(estimated(client, uploaded(DOG))) != "MEDIA_NOT_FOUND":
+            await asyncio.sleep(0.01)
+
+
+async def test_what_cannot_be_deleted_has_its_reason(client: Client, tmp_path: Path) -> None:
+    error = await error_of(client.media.DeleteMedium(media_service_pb2.DeleteMediumRequest(digest="cat.jpg")))
+    assert (error.reason, error.field) == ("INVALID_REQUEST", "digest")
+    await client.vision_stage.server.stop(None)
+    request = media_service_pb2.DeleteMediumRequest(digest=digest_of(DOG))
+    assert (await error_of(client.media.DeleteMedium(request))).reason == "VISION_UNAVAILABLE"
+
+
+async def test_without_a_store_nothing_can_be_deleted(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        request = media_service_pb2.DeleteMediumRequest(digest=digest_of(DOG))
+        assert (await error_of(client.media.DeleteMedium(request))).reason == "STORE_UNAVAILABLE"

@@ -3,10 +3,12 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from internvl_serving.llm.v1 import llm_service_pb2, llm_service_pb2_grpc
 from shared.errors import InternalError, InvalidRequest, LlmUnavailable, NotReady, QueueFull, ServiceError
+from shared.metrics import Registry
 from shared.rpc.channel import open_channel
 from shared.rpc.deadline import outgoing, remaining_s, request_id
 from shared.rpc.server import Application, PartStopped, serve
@@ -54,11 +57,12 @@ async def running(
     drain_grace_s: float = 5.0,
     broken: asyncio.Event | None = None,
     address_file: Path | None = None,
+    **more: Any,
 ) -> AsyncIterator[tuple[Any, str, asyncio.Task[None]]]:
-    """Run `serve` as a task; yield a stub, the address and the task."""
+    """Run `serve` as a task, with `more` settings; yield a stub, the address and the task."""
 
     @asynccontextmanager
-    async def lifespan(settings: ServiceSettings, address: str) -> AsyncIterator[Application]:
+    async def lifespan(settings: ServiceSettings, address: str, registry: Registry) -> AsyncIterator[Application]:
         yield Application(
             lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server),
             [SERVICE],
@@ -67,7 +71,7 @@ async def running(
         )
 
     address_file = address_file or tmp_path / "address"
-    settings = ServiceSettings(address_file=address_file, drain_grace_s=drain_grace_s)
+    settings = ServiceSettings(address_file=address_file, drain_grace_s=drain_grace_s, **more)
     task = asyncio.create_task(serve(settings, lifespan))
     while not address_file.exists():
         await asyncio.sleep(0.01)
@@ -251,8 +255,56 @@ async def test_two_address_files_that_differ_in_their_suffix_do_not_share_a_part
     assert sorted(file.name for file in tmp_path.iterdir()) == ["stack.llm", "stack.partial", "stack.vision"]
 
 
+def scraped(address: str) -> dict[str, float]:
+    """Ask a service for its metrics; return the value of every series."""
+    connection = HTTPConnection(address, timeout=10)
+    try:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    finally:
+        connection.close()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+async def test_a_service_can_be_asked_for_its_metrics_until_it_ends(tmp_path: Path) -> None:
+    gate, file = asyncio.Event(), tmp_path / "metrics"
+    settings = {"metrics_listen": "127.0.0.1:0", "metrics_address_file": file}
+    async with running(tmp_path, ScriptedServicer(), warm_up=lambda: gate.wait(), **settings) as (stub, address, task):
+        loading = await asyncio.to_thread(scraped, file.read_text())
+        assert loading["process_resident_memory_bytes"] > 0
+        gate.set()
+        await until_serving(address)
+        await stub.CountTokens(REQUEST, wait_for_ready=True)
+        values = await asyncio.to_thread(scraped, file.read_text())
+        rpc = 'rpc="LlmService/CountTokens"'
+        assert values[f'internvl_rpc_finished_total{{code="OK",{rpc}}}'] >= 1
+        assert values[f"internvl_rpc_in_progress{{{rpc}}}"] == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(task, 10)
+        with pytest.raises(OSError, match="refused"):
+            await asyncio.to_thread(scraped, file.read_text())
+
+
+async def test_nothing_listens_for_those_who_ask_for_metrics_unless_told_to(tmp_path: Path) -> None:
+    file = tmp_path / "metrics"
+    async with running(tmp_path, ScriptedServicer(), metrics_address_file=file) as (_, address, _):
+        await until_serving(address)
+        assert not file.exists()
+
+
+def test_a_port_for_metrics_that_is_taken_is_one_line_that_names_the_setting(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with started("", tmp_path / "address", METRICS=address) as process:
+            errors = process.communicate(timeout=20)[1].decode()
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith(f"example: cannot listen on {address}")
+    assert "--metrics-listen" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+
+
 SCRIPT = """
-import asyncio, sys, time
+import asyncio, os, sys, time
 from contextlib import asynccontextmanager
 from pathlib import Path
 from internvl_serving.llm.v1 import llm_service_pb2_grpc
@@ -277,19 +329,28 @@ broken = asyncio.Event()
 BODY
 
 @asynccontextmanager
-async def lifespan(settings, address):
+async def lifespan(settings, address, registry):
     yield Application(register, ["internvl_serving.llm.v1.LlmService"], warm_up, broken)
     await close()
 
-run(ServiceSettings(log_format="json", address_file=Path(sys.argv[1]), drain_grace_s=600), "example", lifespan)
+metrics = os.environ.get("METRICS", "")
+run(
+    ServiceSettings(
+        log_format="json", address_file=Path(sys.argv[1]), drain_grace_s=600, metrics_listen=metrics
+    ),
+    "example",
+    lifespan,
+)
 """
 
 
 @contextmanager
-def started(body: str, address_file: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def started(body: str, address_file: Path, **environment: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a service as a process with `body` in its place of the script; it is gone afterwards."""
     command = [sys.executable, "-c", SCRIPT.replace("BODY", body), str(address_file)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], env=os.environ | environment, stderr=subprocess.PIPE
+    )
     try:
         yield process
     finally:

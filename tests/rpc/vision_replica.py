@@ -13,7 +13,7 @@ import grpc
 import pytest
 import torch
 
-from internvl_serving.common.v1.embedding_pb2 import PreprocessOptions
+from internvl_serving.common.v1.embedding_pb2 import EmbeddingHandle, PreprocessOptions
 from internvl_serving.vision.v1.vision_service_pb2 import (
     EncodeHeader,
     EncodeRequest,
@@ -37,6 +37,7 @@ TINY = Path(__file__).parents[1] / "golden/checkpoints/internvl3-8b-tiny"
 class Replica:
     stub: Any
     address: str
+    redis_url: str
 
     async def encode(
         self, content: bytes | None, media_digest: str = "", chunk_bytes: int = 1000, **options: Any
@@ -53,8 +54,8 @@ class Replica:
         response: EncodeResponse = await self.stub.Encode(iter(messages), wait_for_ready=True)
         return response
 
-    async def fetch(self, digest: str) -> list[FetchEmbeddingResponse]:
-        return [message async for message in self.stub.FetchEmbedding(FetchEmbeddingRequest(digest=digest))]
+    async def fetch(self, handle: EmbeddingHandle) -> list[FetchEmbeddingResponse]:
+        return [message async for message in self.stub.FetchEmbedding(FetchEmbeddingRequest(handle=handle))]
 
 
 @asynccontextmanager
@@ -69,7 +70,7 @@ async def replica(tmp_path: Path, **settings: Any) -> AsyncIterator[Replica]:
         assert not task.done(), task.result()
     address = address_file.read_text()
     async with open_channel(address, 8 << 20) as channel:
-        at = Replica(VisionServiceStub(channel), address)
+        at = Replica(VisionServiceStub(channel), address, str(settings.get("redis_url", "")))
         await until_ready(at)
         yield at
     os.kill(os.getpid(), signal.SIGTERM)
@@ -79,9 +80,9 @@ async def replica(tmp_path: Path, **settings: Any) -> AsyncIterator[Replica]:
 async def until_ready(at: Replica) -> None:
     while True:
         try:
-            await at.fetch("0" * 64)
+            await at.fetch(EmbeddingHandle())
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:  # nobody issued this handle
                 return
         await asyncio.sleep(0.02)
 

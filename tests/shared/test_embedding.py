@@ -10,27 +10,30 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.embedding import (
-    ITEM_BYTES,
-    MAX_GROUP_BYTES,
-    DataType,
-    Embedding,
-    EmbeddingFormat,
-    EmbeddingInfo,
-    VideoFrame,
-)
-from shared.tensors import bytes_of, data_type_of, tensor_of
+from shared.embedding import ITEM_BYTES, MAX_GROUP_BYTES, DataType, EmbeddingInfo, EmbeddingKey, VideoFrame, max_tiles
+from shared.embedding_values import HEADER_BYTES, EmbeddingFormat
+from shared.stored_name import StoredName, keys_of, name_of, tenant_tag_of
+from tests.shared.stored import DIGEST, MEDIA
+from tests.shared.stored import info_of as info
 
-DIGEST, OTHER_DIGEST = "ab" * 32, "cd" * 32
+OTHER_DIGEST = "ef" * 32
+NAME = EmbeddingKey(DIGEST, MEDIA, "acme").name
 FORMAT = EmbeddingFormat("key")
 
 
-def info(tiles: int = 3, tokens_per_tile: int = 4, hidden: int = 8, data_type: DataType = "bfloat16") -> EmbeddingInfo:
-    return EmbeddingInfo(tiles, tiles * tokens_per_tile, hidden, data_type, 640, 480, 2, 1)
+def rows_of(of: EmbeddingInfo) -> list[bytes]:
+    """Return the rows of each group."""
+    payload = random.Random(0).randbytes(of.size_bytes)
+    return [payload[of.group_slice(index)] for index in range(of.group_count)]
 
 
-def embedding(of: EmbeddingInfo, seed: int = 0) -> Embedding:
-    return Embedding(DIGEST, of, random.Random(seed).randbytes(of.size_bytes))
+def group_values(of: EmbeddingInfo, name: StoredName = NAME, key: str = "key") -> list[bytes]:
+    sealer = EmbeddingFormat(key)
+    return [sealer.group_header(name, of, index, rows) + rows for index, rows in enumerate(rows_of(of))]
+
+
+def verifies(of: EmbeddingInfo, index: int, value: bytes, name: StoredName = NAME) -> bool:
+    return FORMAT.verify_group(name, of, index, value[:HEADER_BYTES], value[HEADER_BYTES:])
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,13 +52,19 @@ def test_groups_hold_everything_within_the_limit(
     assert (of.group_count - 1) * of.group_bytes < of.size_bytes <= of.group_count * of.group_bytes
 
 
-@pytest.mark.parametrize("of", [info(), info(1, 1, 1, "float32"), info(13, 256, 896), info(2, 256, 8192)])
-def test_what_is_packed_comes_back(of: EmbeddingInfo) -> None:
-    manifest, groups = FORMAT.pack(embedding(of))
-    assert FORMAT.unpack_manifest(DIGEST, manifest) == of
-    unpacked = FORMAT.unpack(DIGEST, of, groups)
-    assert unpacked is not None
-    assert bytes(unpacked.payload) == bytes(embedding(of).payload)
+def test_a_row_of_int8_ends_with_its_scale() -> None:
+    of = info(hidden=64, data_type="int8_rows")
+    assert of.row_bytes == 68
+    assert of.size_bytes == of.token_count * 68
+    assert max_tiles(256, 3584, "int8_rows", 256 * 3588 * 3) == 3
+
+
+@pytest.mark.parametrize(
+    "of", [info(), info(1, 1, 1, "float32"), info(13, 256, 896), info(2, 256, 8192), info(5, 16, 8, "int8_rows")]
+)
+def test_what_is_packed_verifies(of: EmbeddingInfo) -> None:
+    assert FORMAT.read_manifest(NAME, FORMAT.manifest(NAME, of)) == of
+    assert all(verifies(of, index, value) for index, value in enumerate(group_values(of)))
 
 
 def mutations(value: bytes, rng: random.Random) -> bytes:
@@ -73,52 +82,42 @@ def mutations(value: bytes, rng: random.Random) -> bytes:
     return b"\x80\x04\x95" + value[3:]  # begins like a pickle
 
 
-def test_two_hundred_changed_values_are_all_misses() -> None:
+def test_changed_values_are_all_misses() -> None:
     rng = random.Random(1)
     of = info()
-    manifest, groups = FORMAT.pack(embedding(of))
+    manifest, groups = FORMAT.manifest(NAME, of), group_values(of)
     for _ in range(100):
-        assert FORMAT.unpack_manifest(DIGEST, mutations(manifest, rng)) is None
-        changed = list(groups)
-        changed[rng.randrange(len(groups))] = mutations(groups[0], rng)
-        assert FORMAT.unpack(DIGEST, of, changed) is None
+        assert FORMAT.read_manifest(NAME, mutations(manifest, rng)) is None
+        assert not verifies(of, 0, mutations(groups[0], rng))
 
 
-def test_a_value_under_another_key_digest_position_or_shape_is_a_miss() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        EmbeddingKey(OTHER_DIGEST, MEDIA, "acme").name,
+        EmbeddingKey(DIGEST, OTHER_DIGEST, "acme").name,
+        EmbeddingKey(DIGEST, MEDIA, "").name,
+        EmbeddingKey(DIGEST, MEDIA, "acme ").name,
+    ],
+)
+def test_a_value_under_another_name_is_a_miss(other: StoredName) -> None:
     of = info(13, 256, 896)
-    manifest, groups = FORMAT.pack(embedding(of))
+    assert FORMAT.read_manifest(other, FORMAT.manifest(NAME, of)) is None
+    assert not verifies(of, 0, group_values(of)[0], other)
+
+
+def test_a_value_under_another_key_position_or_shape_is_a_miss() -> None:
+    of = info(13, 256, 896)
+    manifest, groups = FORMAT.manifest(NAME, of), group_values(of)
     assert len(groups) > 1
-    assert FORMAT.unpack_manifest(OTHER_DIGEST, manifest) is None
-    assert EmbeddingFormat("another key").unpack_manifest(DIGEST, manifest) is None
-    assert FORMAT.unpack(DIGEST, of, [groups[1], groups[0], *groups[2:]]) is None
-    assert FORMAT.unpack(DIGEST, of, groups[:-1]) is None
-    assert FORMAT.unpack(DIGEST, of, [*groups, groups[-1]]) is None
-    assert FORMAT.unpack(DIGEST, info(13, 256, 448, "float32"), groups) is None
-    assert FORMAT.unpack_manifest(DIGEST, groups[0]) is None
-
-
-@pytest.mark.parametrize("data_type", list(ITEM_BYTES))
-def test_tensors_come_back_bit_for_bit(data_type: DataType) -> None:
-    import torch
-
-    of = info(data_type=data_type)
-    tensor = torch.randn(of.token_count, of.hidden_size).to(getattr(torch, data_type))
-    assert data_type_of(tensor) == data_type
-    assert torch.equal(tensor_of(Embedding(DIGEST, of, bytes_of(tensor))), tensor)
-
-
-def test_groups_are_verified_one_by_one_into_their_places() -> None:
-    of = info(13, 256, 896)
-    _, groups = FORMAT.pack(embedding(of))
-    payload = bytearray(of.size_bytes)
-    for index in reversed(range(of.group_count)):
-        assert FORMAT.unpack_group(DIGEST, of, index, groups[index], payload)
-    assert bytes(payload) == bytes(embedding(of).payload)
-    untouched = bytes(payload)
-    assert not FORMAT.unpack_group(DIGEST, of, 0, groups[1], payload)
-    assert not FORMAT.unpack_group(DIGEST, of, 1, groups[1][:-2], payload)
-    assert not FORMAT.unpack_group(DIGEST, of, of.group_count, groups[0], payload)
-    assert bytes(payload) == untouched
+    assert EmbeddingFormat("another key").read_manifest(NAME, manifest) is None
+    assert not verifies(of, 1, groups[0])
+    assert not verifies(of, of.group_count, groups[0])
+    assert not verifies(of, 0, groups[0][:-2])
+    assert not verifies(info(13, 256, 448, "float32"), 0, groups[0])
+    assert not verifies(replace(of, width=of.height, height=of.width), 0, groups[0])
+    assert FORMAT.read_manifest(NAME, groups[0]) is None
+    assert not verifies(of, 0, manifest)
 
 
 def video(frames: int = 3, tiles_per_frame: int = 2) -> EmbeddingInfo:
@@ -128,30 +127,30 @@ def video(frames: int = 3, tiles_per_frame: int = 2) -> EmbeddingInfo:
 
 def test_the_frames_of_a_video_come_back_with_the_manifest() -> None:
     of = video()
-    manifest, groups = FORMAT.pack(embedding(of))
-    assert FORMAT.unpack_manifest(DIGEST, manifest) == of
-    assert FORMAT.unpack(DIGEST, of, groups) is not None
+    assert FORMAT.read_manifest(NAME, FORMAT.manifest(NAME, of)) == of
+    (group,) = group_values(of)
+    assert verifies(of, 0, group)
     # The groups say how many frames there are, so a picture's are no video's.
-    assert FORMAT.unpack(DIGEST, replace(of, frames=()), groups) is None
+    assert not verifies(replace(of, frames=()), 0, group)
 
 
 def test_a_manifest_whose_frames_were_changed_is_a_miss() -> None:
     rng = random.Random(2)
-    manifest = FORMAT.pack_manifest(embedding(video()))
+    manifest = FORMAT.manifest(NAME, video())
     for _ in range(100):
-        assert FORMAT.unpack_manifest(DIGEST, mutations(manifest, rng)) is None
+        assert FORMAT.read_manifest(NAME, mutations(manifest, rng)) is None
 
 
-HEADER = struct.Struct("<4sHBBIIIIIIIIII32s")
+HEADER = struct.Struct("<4sHBBIIIIIIIIII32s32s16s")
 FRAME = struct.Struct("<Id")
 
 
 def forged(frames_content: bytes = b"", **changes: int | bytes) -> bytes:
     """Return a value that whoever knows that there is no key can make: every field as wished, and a MAC that fits."""
     fields: dict[str, int | bytes] = {
-        "magic": b"IVLE", "version": 2, "data_type": 0, "reserved": 0, "tiles": 1, "tokens": 1, "hidden": 1,
+        "magic": b"IVLE", "version": 3, "data_type": 0, "reserved": 0, "tiles": 1, "tokens": 1, "hidden": 1,
         "width": 1, "height": 1, "columns": 1, "grid_rows": 1, "frames": 0, "group": 0xFFFFFFFF, "groups": 1,
-        "digest": bytes.fromhex(DIGEST),
+        "digest": bytes.fromhex(DIGEST), "media": bytes.fromhex(MEDIA), "tag": bytes.fromhex(NAME.tenant_tag),
     }  # fmt: skip
     header = HEADER.pack(*(fields | changes).values())
     key = blake3(b"", derive_key_context="internvl-serving embedding values v1").digest()
@@ -175,14 +174,14 @@ def forged(frames_content: bytes = b"", **changes: int | bytes) -> bytes:
 )
 def test_forged_frames_are_a_miss_even_where_their_mac_fits(changes: dict[str, Any]) -> None:
     nobodys_key = EmbeddingFormat("")
-    assert nobodys_key.unpack_manifest(DIGEST, forged(FRAME.pack(7, 0.5), frames=1)) is not None
-    assert nobodys_key.unpack_manifest(DIGEST, forged(**changes)) is None
+    assert nobodys_key.read_manifest(NAME, forged(FRAME.pack(7, 0.5), frames=1)) is not None
+    assert nobodys_key.read_manifest(NAME, forged(**changes)) is None
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data_type": 3},
+        {"data_type": 4},
         {"data_type": 9},
         {"data_type": 255},
         {"tokens": 1 << 24, "hidden": 1 << 22, "groups": 1 << 25},  # 64 TiB
@@ -201,17 +200,19 @@ def test_forged_frames_are_a_miss_even_where_their_mac_fits(changes: dict[str, A
         {"groups": 0},
         {"groups": 2},
         {"groups": 0xFFFFFFFF},
-        {"version": 1},
-        {"version": 3},
+        {"version": 2},
+        {"version": 4},
         {"magic": b"RIFF"},
         {"group": 0},
         {"digest": bytes.fromhex(OTHER_DIGEST)},
+        {"media": bytes.fromhex(OTHER_DIGEST)},
+        {"tag": bytes.fromhex(tenant_tag_of(""))},
     ],
 )
 def test_a_forged_header_is_a_miss_even_where_its_mac_fits(changes: dict[str, int | bytes]) -> None:
     nobodys_key = EmbeddingFormat("")
-    assert nobodys_key.unpack_manifest(DIGEST, forged()) is not None
-    assert nobodys_key.unpack_manifest(DIGEST, forged(**changes)) is None
+    assert nobodys_key.read_manifest(NAME, forged()) is not None
+    assert nobodys_key.read_manifest(NAME, forged(**changes)) is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -219,7 +220,7 @@ def test_a_forged_header_is_a_miss_even_where_its_mac_fits(changes: dict[str, in
 def test_no_forged_header_raises_or_asks_for_much(numbers: list[int], data_type: int) -> None:
     names = ("tiles", "tokens", "hidden", "width", "height", "columns", "grid_rows", "frames", "group", "groups")
     value = forged(data_type=data_type, **dict(zip(names, numbers, strict=True)))
-    found = EmbeddingFormat("").unpack_manifest(DIGEST, value)
+    found = EmbeddingFormat("").read_manifest(NAME, value)
     assert found is None or found.size_bytes <= 1 << 30
 
 
@@ -230,7 +231,16 @@ def test_what_no_model_makes_is_implausible_and_what_the_largest_makes_is_not() 
     assert not replace(info(), data_type="int8").plausible()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [b"", b"x", bytes(76 + 32), None, 7, "text", [b"x"]])
+@pytest.mark.parametrize("value", [b"", b"x", bytes(HEADER_BYTES), None, 7, "text", [b"x"]])
 def test_whatever_a_store_answers_is_a_miss(value: object) -> None:
-    assert FORMAT.unpack_manifest(DIGEST, value) is None  # type: ignore[arg-type]
-    assert FORMAT.unpack(DIGEST, info(), [value]) is None  # type: ignore[list-item]
+    assert FORMAT.read_manifest(NAME, value) is None  # type: ignore[arg-type]
+
+
+def test_names_and_keys_are_told_apart() -> None:
+    assert NAME.manifest_key.decode() == f"ivl:embedding:{tenant_tag_of('acme')}:{MEDIA}:{DIGEST}"
+    assert name_of(NAME.manifest_key) == NAME
+    assert name_of(NAME.group_key(3)) is None
+    assert name_of(b"ivl:embedding:x") is None
+    assert keys_of(NAME.tenant_tag, MEDIA) == f"ivl:embedding:{NAME.tenant_tag}:{MEDIA}:*"
+    assert keys_of(NAME.tenant_tag) == f"ivl:embedding:{NAME.tenant_tag}:*:*"
+    assert len(NAME.tenant_tag) == 32

@@ -32,6 +32,13 @@ def test_flags_win_over_the_environment_which_wins_over_defaults(monkeypatch: py
     assert read("--model", "m").listen == "127.0.0.1:0"
 
 
+def test_metrics_are_off_until_a_flag_or_the_environment_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("--model", "m").metrics_listen == ""
+    assert read("--model", "m", "--metrics-listen", "127.0.0.1:9464").metrics_listen == "127.0.0.1:9464"
+    monkeypatch.setenv("EXAMPLE_METRICS_LISTEN", "127.0.0.1:0")
+    assert read("--model", "m").metrics_listen == "127.0.0.1:0"
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -40,6 +47,7 @@ def test_flags_win_over_the_environment_which_wins_over_defaults(monkeypatch: py
         (["--model", "m", "--max-tiles", "many"], "--max-tiles (or EXAMPLE_MAX_TILES)"),
         (["--model", "m", "--listen", "127.0.0.1:99999"], "--listen (or EXAMPLE_LISTEN)"),
         (["--model", "m", "--listen", "127.0.0.1"], "--listen (or EXAMPLE_LISTEN)"),
+        (["--model", "m", "--metrics-listen", "9464"], "--metrics-listen (or EXAMPLE_METRICS_LISTEN)"),
         (["--model", "m", "--redis-url", "localhost:6379"], "--redis-url (or EXAMPLE_REDIS_URL)"),
         (["--model", "m", "--no-such-flag", "1"], "--no-such-flag"),
     ],

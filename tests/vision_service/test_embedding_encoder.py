@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from shared.digest import digest_of
-from shared.embedding import MAX_SIZE_BYTES, DataType, Embedding, EmbeddingInfo, VideoFrame
+from shared.embedding import MAX_SIZE_BYTES, DataType, EmbeddingInfo, EmbeddingKey, VideoFrame
 from shared.errors import (
     DeadlineExceeded,
     EmbeddingNotFound,
@@ -24,11 +24,17 @@ from shared.errors import (
     QueueFull,
     ServiceError,
 )
+from shared.local_cache import LocalEmbeddingCache
 from shared.rpc.deadline import adopt
-from shared.store import EmbeddingStore, LocalEmbeddingCache, NoEmbeddingStore
+from shared.store import NoEmbeddingStore
 from shared.tensors import tensor_of
+from tests.vision_service.memory_store import MemoryStore
 from vision_service.batcher import Deadline, EncodedTiles
-from vision_service.encoder import CacheTier, EmbeddingLimits, Encoded, Encoder, PendingLimits
+from vision_service.encoded import CacheTier, Encoded
+from vision_service.encoder import Encoder, PendingLimits
+from vision_service.fleet import Fleet, NoFleet
+from vision_service.flights import Caches
+from vision_service.maker import EmbeddingLimits, EmbeddingMaker, Storage
 from vision_service.preparer import MediaSpec
 from vision_service.preprocess.frames import VideoSpec
 from vision_service.preprocess.image import Picture, Tiles, preprocess
@@ -97,32 +103,6 @@ class ScriptedPreparer:
         return Picture(64, 48, Grid(2, 1), np.zeros((8, 28, 28, 3), np.uint8), FRAMES)
 
 
-class MemoryStore:
-    """An embedding store in a dictionary; `broken` answers as a store whose Redis is gone."""
-
-    def __init__(self, broken: bool = False) -> None:
-        self.kept: dict[str, Embedding] = {}
-        self.broken = broken
-        self.reads = 0
-
-    async def describe(self, digest: str) -> EmbeddingInfo | None:
-        await asyncio.sleep(0)
-        return self.kept[digest].info if digest in self.kept else None
-
-    async def get(self, digest: str) -> Embedding | None:
-        self.reads += 1
-        return self.kept.get(digest)
-
-    async def put(self, embedding: Embedding) -> bool:
-        await asyncio.sleep(0)
-        if not self.broken:
-            self.kept[embedding.digest] = embedding
-        return not self.broken
-
-    async def delete(self, digest: str) -> None:
-        self.kept.pop(digest, None)
-
-
 class Bench:
     """An encoder and what it stands on; `sent` counts the times that a picture's bytes were read."""
 
@@ -130,11 +110,14 @@ class Bench:
         self.encoder, self.tower, self.preparer, self.store = encoder, tower, preparer, store
         self.sent = 0
 
-    async def encode(self, content: bytes, spec: MediaSpec = SPEC, media_digest: str = "") -> Encoded:
-        return await self.encoder.encode(media_digest or digest_of(content), spec, Sent(self, content))
+    async def encode(
+        self, content: bytes, spec: MediaSpec = SPEC, media_digest: str = "", tenant: str = "", prefetch: bool = False
+    ) -> Encoded:
+        wanted = self.encoder.wanted(media_digest or digest_of(content), spec, tenant, prefetch=prefetch)
+        return await self.encoder.encode(wanted, Sent(self, content))
 
-    async def ask(self, content: bytes, spec: MediaSpec = SPEC) -> Encoded:
-        return await self.encoder.encode(digest_of(content), spec, Sent(self, None))
+    async def ask(self, content: bytes, spec: MediaSpec = SPEC, tenant: str = "") -> Encoded:
+        return await self.encoder.encode(self.encoder.wanted(digest_of(content), spec, tenant), Sent(self, None))
 
 
 class Sent:
@@ -159,10 +142,14 @@ async def bench(
     cache_bytes: int = 1 << 20,
     max_pending: PendingLimits = ROOM,
     limits: EmbeddingLimits = LIMITS,
+    fleet: Fleet | None = None,
+    storage: Storage = "plain",
 ) -> AsyncIterator[Bench]:
     tower, preparer, workers = ScriptedTower(), ScriptedPreparer(), WorkerPool(2, "hash")
     kept = store or MemoryStore()
-    encoder = Encoder(tower, preparer, workers, kept, LocalEmbeddingCache(cache_bytes), max_pending, limits)
+    maker = EmbeddingMaker(tower, preparer, workers, limits, storage)
+    caches = Caches(LocalEmbeddingCache(cache_bytes), kept)
+    encoder = Encoder(maker, caches, fleet or NoFleet(), workers, max_pending)
     try:
         yield Bench(encoder, tower, preparer, kept)
     finally:
@@ -186,7 +173,7 @@ async def test_a_miss_without_bytes_is_not_found_and_names_the_embedding() -> No
     async with bench() as at:
         error = await error_of(at.ask(picture()))
         assert isinstance(error, EmbeddingNotFound)
-        assert error.resource == at.encoder.digest_of(digest_of(picture()), SPEC)
+        assert error.resource == at.encoder.wanted(digest_of(picture()), SPEC).key.digest
 
 
 async def test_a_picture_is_encoded_once_and_then_found_in_memory_without_its_bytes() -> None:
@@ -214,7 +201,7 @@ async def test_what_another_replica_has_stored_is_found_without_reading_its_tens
             found = await other.ask(picture())
             assert found.tier is CacheTier.STORE
             assert at.store.reads == 0
-            assert (await other.encoder.fetch(found.digest)).info == found.info
+            assert (await other.encoder.fetch(found.key)).info == found.info
             assert other.tower.deadlines == []
 
 
@@ -222,7 +209,7 @@ async def test_a_store_that_fails_costs_nothing_but_time() -> None:
     async with bench(MemoryStore(broken=True)) as at:
         encoded = await at.encode(picture())
         assert (await at.ask(picture())).tier is CacheTier.LOCAL
-        assert (await at.encoder.fetch(encoded.digest)).info == encoded.info
+        assert (await at.encoder.fetch(encoded.key)).info == encoded.info
 
 
 async def test_without_any_cache_every_call_encodes() -> None:
@@ -234,7 +221,7 @@ async def test_without_any_cache_every_call_encodes() -> None:
 async def test_fetching_what_no_cache_holds_is_not_found() -> None:
     async with bench() as at:
         with pytest.raises(EmbeddingNotFound):
-            await at.encoder.fetch("0" * 64)
+            await at.encoder.fetch(EmbeddingKey("0" * 64, "1" * 64))
 
 
 async def test_bytes_of_another_digest_are_refused_large_or_small() -> None:
@@ -252,11 +239,14 @@ async def test_every_part_of_the_identity_changes_the_digest() -> None:
         tilings.append(replace(TILING, policy="viewer"))
         clips = [VideoSpec(4), VideoSpec(5), VideoSpec(4, 1.0), VideoSpec(4, None, 1.0), VideoSpec(4, decoder="decord")]
         specs = [MediaSpec(tiling) for tiling in tilings] + [MediaSpec(TILING, video) for video in clips]
-        digests = [at.encoder.digest_of(media, spec) for spec in specs] + [at.encoder.digest_of("0" * 64, SPEC)]
+        digests = [at.encoder.wanted(media, spec).key.digest for spec in specs]
+        digests += [at.encoder.wanted("0" * 64, SPEC).key.digest, at.encoder.wanted(media, SPEC, "a tenant").key.digest]
         for identity in (TowerIdentity("e" * 64, "float32"), TowerIdentity("f" * 64, "bfloat16")):
             at.tower.identity = identity
-            digests.append(at.encoder.digest_of(media, SPEC))
-        assert len(set(digests)) == 13
+            digests.append(at.encoder.wanted(media, SPEC).key.digest)
+    async with bench(storage="int8") as at:
+        digests.append(at.encoder.wanted(media, SPEC).key.digest)
+    assert len(set(digests)) == len(digests) == 15
 
 
 async def test_a_hundred_concurrent_calls_share_one_encode() -> None:
@@ -267,7 +257,7 @@ async def test_a_hundred_concurrent_calls_share_one_encode() -> None:
         at.tower.open.set()
         encoded = await asyncio.gather(*calls)
         assert len(at.tower.deadlines) == 1
-        assert len({item.digest for item in encoded}) == 1
+        assert len({item.key for item in encoded}) == 1
         assert sum(not item.coalesced and item.tier is CacheTier.NONE for item in encoded) == 1
 
 
@@ -339,7 +329,7 @@ async def test_a_failure_is_shared_by_those_who_wait_and_forgotten_after() -> No
 async def test_a_mediums_pieces_are_joined_away_from_the_event_loop() -> None:
     async with bench() as at:
         encoded = await at.encode(b"a video", CLIP)
-        tokens = tensor_of(await at.encoder.fetch(encoded.digest))
+        tokens = tensor_of(await at.encoder.fetch(encoded.key))
     assert torch.equal(tokens, torch.arange(128.0).reshape(16, 8))
     assert at.tower.joined_on
     assert threading.get_ident() not in at.tower.joined_on
@@ -441,10 +431,66 @@ async def test_one_picture_too_many_is_refused_before_its_bytes_are_read() -> No
 
 
 async def test_the_service_runs_without_a_store() -> None:
-    store: EmbeddingStore = NoEmbeddingStore()
-    tower, workers = ScriptedTower(), WorkerPool(1, "hash")
-    preparer, cache = ScriptedPreparer(), LocalEmbeddingCache(1 << 20)
-    at = Bench(Encoder(tower, preparer, workers, store, cache, ROOM, LIMITS), tower, preparer, MemoryStore())
+    tower, preparer, workers = ScriptedTower(), ScriptedPreparer(), WorkerPool(1, "hash")
+    caches = Caches(LocalEmbeddingCache(1 << 20), NoEmbeddingStore())
+    encoder = Encoder(EmbeddingMaker(tower, preparer, workers, LIMITS), caches, NoFleet(), workers, ROOM)
+    at = Bench(encoder, tower, preparer, MemoryStore())
     encoded = await at.encode(picture())
     workers.close()
-    assert (await at.encoder.fetch(encoded.digest)).info.token_count == 14
+    assert (await at.encoder.fetch(encoded.key)).info.token_count == 14
+
+
+async def test_tenants_share_nothing() -> None:
+    async with bench() as at:
+        mine = await at.encode(picture(), tenant="mine")
+        assert isinstance(await error_of(at.ask(picture(), tenant="yours")), EmbeddingNotFound)
+        assert (await at.encode(picture(), tenant="yours")).tier is CacheTier.NONE
+        assert (await at.ask(picture(), tenant="mine")).key == mine.key
+
+
+async def test_what_is_erased_is_encoded_again_and_others_stay() -> None:
+    async with bench() as at:
+        await at.encode(picture(1))
+        await at.encode(picture(2))
+        await at.encode(picture(1), tenant="yours")
+        assert await at.encoder.erase("", digest_of(picture(1))) == 1
+        assert isinstance(await error_of(at.ask(picture(1))), EmbeddingNotFound)
+        assert (await at.ask(picture(2))).tier is CacheTier.LOCAL
+        assert (await at.ask(picture(1), tenant="yours")).tier is CacheTier.LOCAL
+        assert await at.encoder.erase("", None) == 1
+        assert isinstance(await error_of(at.ask(picture(2))), EmbeddingNotFound)
+
+
+async def test_what_is_erased_while_it_is_encoded_is_answered_and_not_kept() -> None:
+    async with bench() as at:
+        at.tower.open.clear()
+        call = asyncio.create_task(at.encode(picture()))
+        await until(lambda: bool(at.tower.deadlines))
+        await at.encoder.erase("", digest_of(picture()))
+        at.tower.open.set()
+        assert (await call).tier is CacheTier.NONE
+        assert not at.store.kept
+        assert isinstance(await error_of(at.ask(picture())), EmbeddingNotFound)
+
+
+async def test_what_is_prefetched_becomes_urgent_when_somebody_waits_for_it() -> None:
+    async with bench() as at:
+        at.tower.open.clear()
+        early = asyncio.create_task(at.encode(picture(), prefetch=True))
+        await until(lambda: bool(at.tower.deadlines))
+        assert not at.tower.deadlines[0].urgent
+        waiting = asyncio.create_task(at.encode(picture()))
+        await until(lambda: at.tower.deadlines[0].urgent)
+        at.tower.open.set()
+        assert (await early).key == (await waiting).key
+
+
+async def test_rows_kept_in_bytes_come_back_nearly_as_they_were() -> None:
+    async with bench(storage="int8") as at:
+        encoded = await at.encode(picture())
+        kept = await at.encoder.fetch(encoded.key)
+        assert kept.info.data_type == "int8_rows"
+        assert kept.info.size_bytes == 14 * (8 + 4)
+        rows = torch.arange(16.0 * 7).reshape(-1, 8)
+        error = (tensor_of(kept).float() - rows).abs().amax(dim=1)
+        assert (error <= rows.abs().amax(dim=1) / 127 / 2 + 1e-6).all()

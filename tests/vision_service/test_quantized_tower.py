@@ -74,7 +74,7 @@ async def test_a_quantized_service_finds_no_embedding_of_another(tmp_path: Path)
         async with replica(tmp_path, quantization=quantization) as at:
             assert isinstance(await error_of(at.encode(None, digest_of(PICTURE))), EmbeddingNotFound)
             handles[quantization] = (await at.encode(PICTURE)).handle
-            rows = visual_tokens_of(await at.fetch(handles[quantization].digest))
+            rows = visual_tokens_of(await at.fetch(handles[quantization]))
             assert rows.shape == (handles[quantization].token_count, read_config(TINY).hidden_size)
     assert handles["none"].digest != handles["int8"].digest
     assert handles["none"].media_digest == handles["int8"].media_digest

@@ -113,6 +113,28 @@ async def test_a_long_video_goes_in_pieces_and_lets_pictures_pass() -> None:
     assert batcher.queued_tiles == 0
 
 
+async def test_what_nobody_waits_for_goes_last_and_apart() -> None:
+    runner = ScriptedRunner()
+    batcher = Batcher([runner], max_batch_tiles=8, max_queued_tiles=100)
+    early = await queued(batcher, tiles_of(2), tiles_of(3), deadline=Deadline(None, urgent=False))
+    urgent = await queued(batcher, tiles_of(1), tiles_of(4))
+    async with running(batcher):
+        await asyncio.gather(*early, *urgent)
+    assert runner.batches == [[1, 4], [2, 3]]
+
+
+async def test_what_somebody_begins_to_wait_for_overtakes_what_nobody_does() -> None:
+    runner = ScriptedRunner()
+    batcher = Batcher([runner], max_batch_tiles=8, max_queued_tiles=100)
+    deadline = Deadline(None, urgent=False)
+    early = await queued(batcher, tiles_of(2), deadline=Deadline(None, urgent=False))
+    wanted = await queued(batcher, tiles_of(3), deadline=deadline)
+    deadline.extend(None)
+    async with running(batcher):
+        await asyncio.gather(*early, *wanted)
+    assert runner.batches == [[3], [2]]
+
+
 async def test_two_long_videos_take_turns() -> None:
     runner = ScriptedRunner()
     batcher = Batcher([runner], max_batch_tiles=8, max_queued_tiles=100)

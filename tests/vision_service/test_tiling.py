@@ -32,6 +32,8 @@ def test_tiles_put_side_by_side_are_the_stretched_picture(
     rebuilt = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
     stretched = image.resize((14 * grid.columns, 14 * grid.rows), Image.Resampling.BICUBIC)
     assert np.array_equal(rebuilt, np.asarray(stretched))
+    if len(tiles) > grid.tile_count:
+        assert np.array_equal(tiles[-1], np.asarray(image.resize((14, 14), Image.Resampling.BICUBIC)))
 
 
 def test_a_request_changes_only_what_it_names() -> None:

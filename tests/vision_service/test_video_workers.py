@@ -1,13 +1,10 @@
-"""Whatever a video is, its worker answers with tiles or one of our errors, or is replaced; the service goes on."""
+"""Whatever a video is, its worker answers with the tiles of the frames asked for, or with one of our errors."""
 
-import asyncio
 import errno
-import os
 import random
 import sys
-import threading
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,20 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.errors import DeadlineExceeded, MediaTooLarge, MediaUnreadable, ServiceError, VideoRangeEmpty
+from shared.errors import MediaTooLarge, MediaUnreadable, ServiceError, VideoRangeEmpty
 from tests import clips
 from tests.clips import CLIPS, Clip, content_of, number_of
-from vision_service.batcher import Deadline
+from tests.media_pools import CLIP_LIMITS, NEVER, media_pool, video_work
 from vision_service.preprocess.frames import DecoderName, VideoSpec
 from vision_service.preprocess.image import Picture
 from vision_service.preprocess.tiling import Grid, TilingSpec
-from vision_service.video.pool import WORKER, VideoPool, WorkerSettings
-from vision_service.video.source import VideoLimits
+from vision_service.workers.pool import MediaPool
 
 IMAGES = Path(__file__).parents[1] / "golden/images"
-NEVER = Deadline(None)
 ONE_TILE = TilingSpec(160, 1, 1, thumbnail=True)
-LIMITS = {"max_pixels": 1_000_000, "max_clip_frames": 10_000, "max_clip_s": 1000.0, "max_tiles": 100}
+
 
 # Where decord 0.6.0 does not return the frame asked for: open groups of pictures, which is what libx265 makes unasked;
 # MPEG-4 with B-frames; AVI with B-frames, whatever is in it; what an edit list leaves out.
@@ -45,28 +40,15 @@ DECORD_CANNOT = {"av1 mp4"}
 needs_decord = pytest.mark.skipif(find_spec("decord") is None, reason="decord has wheels for x86-64 only")
 
 
-@asynccontextmanager
-async def pool(
-    decoder: DecoderName = "pyav",
-    processes: int = 1,
-    timeout_s: float = 60,
-    memory_bytes: int = 4 << 30,
-    command: tuple[str, ...] = WORKER,
-    start_timeout_s: float = 60,
-    **limits: Any,
-) -> AsyncIterator[VideoPool]:
-    settings = WorkerSettings(decoder, VideoLimits(**(LIMITS | limits)), timeout_s, memory_bytes, start_timeout_s)
-    opened = VideoPool(settings, processes, command)
-    try:
-        yield opened
-    finally:
-        opened.close()
+def pool(decoder: DecoderName = "pyav", **options: Any) -> AbstractAsyncContextManager[MediaPool]:
+    limits = {name: options.pop(name) for name in CLIP_LIMITS.keys() & options.keys()}
+    return media_pool(video_work(decoder, **limits), **options)
 
 
 async def prepared(
-    at: VideoPool, content: bytes, segments: int = 8, decoder: DecoderName = "pyav", tiling: TilingSpec = ONE_TILE
+    at: MediaPool, content: bytes, segments: int = 8, decoder: DecoderName = "pyav", tiling: TilingSpec = ONE_TILE
 ) -> Picture:
-    return await at.prepare(content, VideoSpec(segments, decoder=decoder), tiling, NEVER)
+    return await at.prepare(content, tiling, VideoSpec(segments, decoder=decoder), NEVER)
 
 
 async def error_of(call: Awaitable[Picture]) -> ServiceError:
@@ -162,7 +144,7 @@ async def test_what_is_no_whole_video_is_unreadable_and_says_why(content: bytes,
 async def test_a_part_outside_of_the_video_is_empty() -> None:
     async with pool() as at:
         with pytest.raises(VideoRangeEmpty):
-            await at.prepare(content_of("h264 mp4"), VideoSpec(4, 10.0), ONE_TILE, NEVER)
+            await at.prepare(content_of("h264 mp4"), ONE_TILE, VideoSpec(4, 10.0), NEVER)
 
 
 async def test_more_than_the_limits_is_too_large() -> None:
@@ -221,32 +203,13 @@ async def test_damaged_videos_raise_nothing_but_our_errors() -> None:
                 assert len(picture.tiles) == 8
 
 
-# A worker that does what its first video says: crash, end, hang, talk nonsense, or tell its process id as the width.
-SCRIPTED_WORKER = """
-import os, signal, sys, time
-from vision_service.video.messages import read_message, write_message
-write_message(sys.stdout.buffer, {"ready": True})
-while True:
-    _, content = read_message(sys.stdin.buffer)
-    order = bytes(content).decode()
-    if order == "crash": os.kill(os.getpid(), signal.SIGSEGV)
-    if order == "end": sys.exit(1)
-    if order == "hang": time.sleep(1000)
-    if order == "babble": sys.stdout.buffer.write(b"?" * 100); sys.stdout.buffer.flush(); time.sleep(1000)
-    if order == "refuse": write_message(sys.stdout.buffer, {"reason": "MEDIA_UNREADABLE", "message": "No."}); continue
-    answer = {"width": os.getpid(), "height": 1, "columns": 1, "rows": 1, "frames": [[0, 0.0]]}
-    write_message(sys.stdout.buffer, answer, bytes(160 * 160 * 3))
-"""
-SCRIPTED = (sys.executable, "-c", SCRIPTED_WORKER)
-
-
 # The worker itself with a decoder that fails as the video says, and else tells its process id as the frame's time.
 FAULTY_WORKER = """
 import os
 import numpy as np
 from av.error import FFmpegError
-from vision_service.video import worker
 from vision_service.video.source import DecodedFrame
+from vision_service.workers import answers, worker
 
 class Source:
     frame_count, rate = 1, 1.0
@@ -257,7 +220,7 @@ class Source:
             raise {b"value": ValueError, b"os": OSError, b"memory": MemoryError}[self.content]("of the decoder's own")
         yield DecodedFrame(0, float(os.getpid()), np.zeros((4, 4, 3), np.uint8))
 
-worker.source_of = lambda name: Source
+answers.source_of = lambda name: Source
 worker.main()
 """
 
@@ -275,7 +238,8 @@ async def test_what_a_decoder_raises_is_the_videos_fault_and_the_worker_goes_on(
 # The worker itself, with a conversion to RGB that fails as FFmpeg's does.
 UNCONVERTING_WORKER = """
 import av.error
-from vision_service.video import pyav, worker
+from vision_service.video import pyav
+from vision_service.workers import worker
 
 def fail(frame):
     raise av.error.{error}({code}, "of FFmpeg's own")
@@ -299,131 +263,3 @@ async def test_a_conversion_that_fails_is_told_as_what_it_is(error: str, code: i
         refusal = await error_of(prepared(at, content_of("h264 mp4")))
     assert type(refusal) is expected
     assert "own" not in refusal.message
-
-
-async def worker_of(at: VideoPool) -> int:
-    return (await prepared(at, b"tell")).width
-
-
-async def test_a_worker_serves_many_videos_and_outlives_those_it_refuses() -> None:
-    async with pool(command=SCRIPTED) as at:
-        first = await worker_of(at)
-        assert (await error_of(prepared(at, b"refuse"))).message == "No."
-        assert await worker_of(at) == first
-        seen = {await worker_of(at) for _ in range(100)}
-        assert len(seen) == 2  # it was replaced once, because decoders leak
-
-
-async def test_a_crash_is_the_videos_fault_and_the_next_video_has_a_new_worker() -> None:
-    async with pool(command=SCRIPTED) as at:
-        first = await worker_of(at)
-        assert type(await error_of(prepared(at, b"crash"))) is MediaUnreadable
-        assert await worker_of(at) != first
-
-
-async def test_a_worker_that_hangs_is_ended() -> None:
-    async with pool(command=SCRIPTED, timeout_s=1.0) as at:
-        first = await worker_of(at)
-        assert type(await error_of(prepared(at, b"hang"))) is MediaTooLarge
-        with pytest.raises(ProcessLookupError):
-            os.kill(first, 0)
-
-
-@pytest.mark.parametrize("order", [b"end", b"babble"])
-async def test_a_worker_that_fails_by_itself_is_a_fault_of_ours(order: bytes) -> None:
-    async with pool(command=SCRIPTED) as at:
-        with pytest.raises(RuntimeError, match="video worker"):
-            await prepared(at, order)
-        assert await worker_of(at)
-
-
-async def test_a_worker_that_cannot_start_is_a_fault_of_ours() -> None:
-    async with pool(command=(sys.executable, "-c", "raise SystemExit(3)")) as at:
-        with pytest.raises(RuntimeError, match="did not start"):
-            await prepared(at, b"tell")
-
-
-async def test_a_worker_that_hangs_while_it_starts_is_ended_and_replaced(tmp_path: Path) -> None:
-    script = (
-        f"""
-import os, pathlib, time
-started = pathlib.Path({str(tmp_path / "started")!r})
-if not started.exists():
-    started.write_text(str(os.getpid()))
-    time.sleep(1000)
-"""
-        + SCRIPTED_WORKER
-    )
-    async with pool(command=(sys.executable, "-c", script), start_timeout_s=1.0) as at:
-        with pytest.raises(RuntimeError, match="did not start"):
-            await prepared(at, b"tell")
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / "started").read_text()), 0)
-    async with pool(command=(sys.executable, "-c", script)) as at:
-        assert await worker_of(at)
-
-
-async def test_closing_ends_a_worker_that_is_being_started(tmp_path: Path) -> None:
-    script = f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(1000)"
-    async with pool(command=(sys.executable, "-c", script), processes=3) as at:
-        calls = [asyncio.create_task(prepared(at, b"tell")) for _ in range(3)]
-        while not any(tmp_path.iterdir()):  # one is up, the others may be anywhere on their way
-            await asyncio.sleep(0.001)
-        at.close()
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert all(isinstance(outcome, RuntimeError | asyncio.CancelledError) for outcome in outcomes), outcomes
-    for worker in tmp_path.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(worker.name), 0)
-
-
-async def test_a_pool_that_was_closed_while_a_process_was_made_ends_that_process(tmp_path: Path) -> None:
-    # The pool looks at its command when it makes a process: this one lets the pool be closed at that moment.
-    script = f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(1000)"
-    making, closed = threading.Event(), threading.Event()
-
-    class Command(Sequence[str]):
-        def __len__(self) -> int:
-            return 3
-
-        def __getitem__(self, index: Any) -> Any:
-            making.set()
-            assert closed.wait(10)
-            return (sys.executable, "-c", script)[index]
-
-    at = VideoPool(WorkerSettings("pyav", VideoLimits(**LIMITS), 60, 4 << 30), 1, Command())
-    call = asyncio.create_task(prepared(at, b"tell"))
-    await asyncio.to_thread(making.wait)
-    at.close()
-    closed.set()
-    async with asyncio.timeout(30):
-        with pytest.raises(RuntimeError, match="closed"):
-            await call
-    for worker in tmp_path.iterdir():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(worker.name), 0)
-
-
-async def test_a_video_that_nobody_waits_for_any_more_is_not_decoded() -> None:
-    async with pool(command=("/nowhere",)) as at:
-        with pytest.raises(DeadlineExceeded):
-            await at.prepare(b"", VideoSpec(4), ONE_TILE, Deadline(0.0))
-
-
-async def test_closing_ends_the_workers_whatever_they_do() -> None:
-    async with pool(command=SCRIPTED) as at:
-        worker = await worker_of(at)
-        call = asyncio.create_task(prepared(at, b"hang"))
-        await asyncio.sleep(0.2)
-        at.close()
-        with pytest.raises((ServiceError, RuntimeError, asyncio.CancelledError)):
-            await call
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
-
-
-async def test_workers_know_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_EMBEDDING_KEY", "secret")
-    script = SCRIPTED_WORKER.replace('os.getpid(), "height"', "1 + ('VISION_EMBEDDING_KEY' in os.environ), \"height\"")
-    async with pool(command=(sys.executable, "-c", script)) as at:
-        assert await worker_of(at) == 1

@@ -1,1 +1,1 @@
-"""InternVL's vision side: `vit` (InternViT), `projector` (pixel shuffle and MLP), `tower` (both), `loader`."""
+"""The vision side: `vit` (InternViT), `projector` (pixel shuffle and MLP), `tower` (both), `loader`, `passes`."""

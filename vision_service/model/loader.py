@@ -12,6 +12,7 @@ from shared.errors import CheckpointError
 from shared.quantize import ModelWeights, Quantization, read_and_round, scheme_of
 from shared.weights import WeightPlan, unclaimed
 from vision_service.model.names import PREFIXES, weight_plan
+from vision_service.model.packed import can_pack, pack_linears
 from vision_service.model.tower import TowerConfig, VisionTower
 
 _BLOCK = re.compile(r"\.encoder\.layers?\.(\d+)\.")
@@ -42,8 +43,8 @@ def load_tower(
     """Read the tower onto `device` in `dtype`; raise `CheckpointError` naming a tensor that is missing or misshapen.
 
     `quantization` is that of the matrices of the vision transformer's blocks. Takes the memory of the weights and of
-    some megabytes more, and where they are quantized of the largest matrix as well. Blocks for as long as the reading
-    takes; logs progress.
+    some megabytes more, and where they are quantized or packed of the largest matrix as well. Blocks for as long as the
+    reading takes; logs progress.
     """
     scheme = scheme_of(quantization)
     tower = empty_tower(config)
@@ -56,8 +57,9 @@ def load_tower(
         prints[name].add(piece)
 
     weights = ModelWeights(checkpoint, plan, shapes, dtype, lambda name: device)
-    kept = dict(read_and_round(tower, "vision_model.encoder", scheme, weights, "loading_vision_tower", seen))
-    tower.load_state_dict(kept, assign=True)
+    packs = pack_linears(tower, config.tokens_of_vit) if scheme is None and can_pack(device, dtype) else {}
+    kept = read_and_round(tower, "vision_model.encoder", scheme, weights, "loading_vision_tower", seen, packs)
+    tower.load_state_dict(dict(kept), assign=True)
     by_name = [field for name in sorted(prints) for field in (name, prints[name].value(shapes[name]))]
     fingerprint = digest_of_fields(repr(config), *by_name, *([scheme.identity] if scheme else []))
     return LoadedTower(tower.eval().requires_grad_(False), fingerprint, device, dtype)

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*internvl_serving/common/v1/embedding.proto\x12\x1ainternvl_serving.common.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x01\n\x11PreprocessOptions\x12\x16\n\tmax_tiles\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tthumbnail\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x37\n\x05video\x18\x03 \x01(\x0b\x32(.internvl_serving.common.v1.VideoOptionsB\x0c\n\n_max_tilesB\x0c\n\n_thumbnail\"\x94\x01\n\x0cVideoOptions\x12\x1a\n\rsegment_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rstart_seconds\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x65nd_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_segment_countB\x10\n\x0e_start_secondsB\x0e\n\x0c_end_seconds\"1\n\nVideoFrame\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x14\n\x0ctime_seconds\x18\x02 \x01(\x01\"\x84\x02\n\x0f\x45mbeddingHandle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0cmedia_digest\x18\x02 \x01(\t\x12\x12\n\ntile_count\x18\x03 \x01(\x05\x12\x13\n\x0btoken_count\x18\x04 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x05\x12\x37\n\tdata_type\x18\x06 \x01(\x0e\x32$.internvl_serving.common.v1.DataType\x12\x0e\n\x06source\x18\x07 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66rame_count\x18\t \x01(\x05*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03*\x96\x01\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43\x41\x43HE_TIER_NONE\x10\x01\x12\x14\n\x10\x43\x41\x43HE_TIER_LOCAL\x10\x02\x12\x14\n\x10\x43\x41\x43HE_TIER_STORE\x10\x03\x12\x15\n\x11\x43\x41\x43HE_TIER_VISION\x10\x04\x12\x15\n\x11\x43\x41\x43HE_TIER_PREFIX\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*internvl_serving/common/v1/embedding.proto\x12\x1ainternvl_serving.common.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\x01\n\x11PreprocessOptions\x12\x16\n\tmax_tiles\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\tthumbnail\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x37\n\x05video\x18\x03 \x01(\x0b\x32(.internvl_serving.common.v1.VideoOptionsB\x0c\n\n_max_tilesB\x0c\n\n_thumbnail\"\x94\x01\n\x0cVideoOptions\x12\x1a\n\rsegment_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rstart_seconds\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x65nd_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x10\n\x0e_segment_countB\x10\n\x0e_start_secondsB\x0e\n\x0c_end_seconds\"1\n\nVideoFrame\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x14\n\x0ctime_seconds\x18\x02 \x01(\x01\"\xa7\x02\n\x0f\x45mbeddingHandle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0cmedia_digest\x18\x02 \x01(\t\x12\x12\n\ntile_count\x18\x03 \x01(\x05\x12\x13\n\x0btoken_count\x18\x04 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x05\x12\x37\n\tdata_type\x18\x06 \x01(\x0e\x32$.internvl_serving.common.v1.DataType\x12\x0e\n\x06source\x18\x07 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x66rame_count\x18\t \x01(\x05\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x11\n\tsignature\x18\x0b \x01(\x0c*\x84\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x17\n\x13\x44\x41TA_TYPE_INT8_ROWS\x10\x04*\x96\x01\n\tCacheTier\x12\x1a\n\x16\x43\x41\x43HE_TIER_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43\x41\x43HE_TIER_NONE\x10\x01\x12\x14\n\x10\x43\x41\x43HE_TIER_LOCAL\x10\x02\x12\x14\n\x10\x43\x41\x43HE_TIER_STORE\x10\x03\x12\x15\n\x11\x43\x41\x43HE_TIER_VISION\x10\x04\x12\x15\n\x11\x43\x41\x43HE_TIER_PREFIX\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.common.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=727
-  _globals['_DATATYPE']._serialized_end=834
-  _globals['_CACHETIER']._serialized_start=837
-  _globals['_CACHETIER']._serialized_end=987
+  _globals['_DATATYPE']._serialized_start=763
+  _globals['_DATATYPE']._serialized_end=895
+  _globals['_CACHETIER']._serialized_start=898
+  _globals['_CACHETIER']._serialized_end=1048
   _globals['_PREPROCESSOPTIONS']._serialized_start=108
   _globals['_PREPROCESSOPTIONS']._serialized_end=260
   _globals['_VIDEOOPTIONS']._serialized_start=263
@@ -43,5 +43,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VIDEOFRAME']._serialized_start=413
   _globals['_VIDEOFRAME']._serialized_end=462
   _globals['_EMBEDDINGHANDLE']._serialized_start=465
-  _globals['_EMBEDDINGHANDLE']._serialized_end=725
+  _globals['_EMBEDDINGHANDLE']._serialized_end=760
 # @@protoc_insertion_point(module_scope)

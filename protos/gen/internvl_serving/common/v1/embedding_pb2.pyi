@@ -32,6 +32,8 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     """IEEE 754 half precision, 2 bytes."""
     DATA_TYPE_BFLOAT16: _DataType.ValueType  # 3
     """The upper half of a float32, 2 bytes."""
+    DATA_TYPE_INT8_ROWS: _DataType.ValueType  # 4
+    """Rows of signed bytes, each followed by the float32 that its numbers are multiples of."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element type of a tensor's raw little-endian bytes."""
@@ -44,6 +46,8 @@ DATA_TYPE_FLOAT16: DataType.ValueType  # 2
 """IEEE 754 half precision, 2 bytes."""
 DATA_TYPE_BFLOAT16: DataType.ValueType  # 3
 """The upper half of a float32, 2 bytes."""
+DATA_TYPE_INT8_ROWS: DataType.ValueType  # 4
+"""Rows of signed bytes, each followed by the float32 that its numbers are multiples of."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 class _CacheTier:
@@ -190,7 +194,9 @@ Global___VideoFrame: _TypeAlias = VideoFrame  # noqa: Y015
 
 @_typing.final
 class EmbeddingHandle(_message.Message):
-    """Names an embedding without its bytes. Issued by the vision service; opaque to clients."""
+    """Names an embedding without its bytes. Issued by the vision service, which signs it; opaque to everybody else. It is
+    accepted until `expire_time`, and nothing in it can be changed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,6 +209,8 @@ class EmbeddingHandle(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """SHA-256 (64 lower-case hex digits) of everything that decides the embedding's value."""
     media_digest: _builtins.str
@@ -219,9 +227,13 @@ class EmbeddingHandle(_message.Message):
     """`host:port` of the vision replica that can stream the embedding when the store cannot."""
     frame_count: _builtins.int
     """Number of frames of a video; the rows are those of its frames, equally many each, in order. Zero: a picture."""
+    tenant: _builtins.str
+    """Whose embedding it is; empty: everybody's."""
+    signature: _builtins.bytes
+    """Proof that a vision service with the same key issued the handle."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When the embedding may leave the caches. It can leave them earlier."""
+        """When the handle ends, in whole seconds. The embedding can leave the caches earlier."""
 
     def __init__(
         self,
@@ -235,10 +247,12 @@ class EmbeddingHandle(_message.Message):
         source: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         frame_count: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "digest", b"digest", "expire_time", b"expire_time", "frame_count", b"frame_count", "hidden_size", b"hidden_size", "media_digest", b"media_digest", "source", b"source", "tile_count", b"tile_count", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "digest", b"digest", "expire_time", b"expire_time", "frame_count", b"frame_count", "hidden_size", b"hidden_size", "media_digest", b"media_digest", "signature", b"signature", "source", b"source", "tenant", b"tenant", "tile_count", b"tile_count", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the JSON schema is malformed, uses what is not supported, or cannot be met by any text."""
     ERROR_REASON_NOT_SUPPORTED_BY_MODEL: _ErrorReason.ValueType  # 10
     """INVALID_ARGUMENT: the model that is served has no form for what was asked (tools, grounding tags)."""
+    ERROR_REASON_EMBEDDING_HANDLE_INVALID: _ErrorReason.ValueType  # 11
+    """INVALID_ARGUMENT: an embedding handle was not issued by this system, or was changed since."""
     ERROR_REASON_CONVERSATION_NOT_FOUND: _ErrorReason.ValueType  # 20
     """NOT_FOUND: there is no such conversation, or it has expired."""
     ERROR_REASON_MEDIA_NOT_FOUND: _ErrorReason.ValueType  # 21
@@ -102,6 +104,8 @@ ERROR_REASON_INVALID_JSON_SCHEMA: ErrorReason.ValueType  # 9
 """INVALID_ARGUMENT: the JSON schema is malformed, uses what is not supported, or cannot be met by any text."""
 ERROR_REASON_NOT_SUPPORTED_BY_MODEL: ErrorReason.ValueType  # 10
 """INVALID_ARGUMENT: the model that is served has no form for what was asked (tools, grounding tags)."""
+ERROR_REASON_EMBEDDING_HANDLE_INVALID: ErrorReason.ValueType  # 11
+"""INVALID_ARGUMENT: an embedding handle was not issued by this system, or was changed since."""
 ERROR_REASON_CONVERSATION_NOT_FOUND: ErrorReason.ValueType  # 20
 """NOT_FOUND: there is no such conversation, or it has expired."""
 ERROR_REASON_MEDIA_NOT_FOUND: ErrorReason.ValueType  # 21

@@ -23,25 +23,40 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from internvl_serving.gateway.v1 import batch_service_pb2 as internvl__serving_dot_gateway_dot_v1_dot_batch__service__pb2
+from internvl_serving.gateway.v1 import chat_service_pb2 as internvl__serving_dot_gateway_dot_v1_dot_chat__service__pb2
+from internvl_serving.gateway.v1 import content_pb2 as internvl__serving_dot_gateway_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/internvl_serving/gateway/v1/media_service.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"%\n\x12\x46indMissingRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\".\n\x13\x46indMissingResponse\x12\x17\n\x0fmissing_digests\x18\x01 \x03(\t\"h\n\rUploadRequest\x12;\n\x06header\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x1e\n\x0cUploadHeader\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"e\n\x0eUploadResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xe5\x01\n\x0cMediaService\x12p\n\x0b\x46indMissing\x12/.internvl_serving.gateway.v1.FindMissingRequest\x1a\x30.internvl_serving.gateway.v1.FindMissingResponse\x12\x63\n\x06Upload\x12*.internvl_serving.gateway.v1.UploadRequest\x1a+.internvl_serving.gateway.v1.UploadResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/internvl_serving/gateway/v1/media_service.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a/internvl_serving/gateway/v1/batch_service.proto\x1a.internvl_serving/gateway/v1/chat_service.proto\x1a)internvl_serving/gateway/v1/content.proto\"%\n\x12\x46indMissingRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\".\n\x13\x46indMissingResponse\x12\x17\n\x0fmissing_digests\x18\x01 \x03(\t\"h\n\rUploadRequest\x12;\n\x06header\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.UploadHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x1e\n\x0cUploadHeader\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"e\n\x0eUploadResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"D\n\x0fPrefetchRequest\x12\x31\n\x05media\x18\x01 \x03(\x0b\x32\".internvl_serving.gateway.v1.Media\"\xa4\x01\n\x10PrefetchResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12<\n\x07receipt\x18\x02 \x01(\x0b\x32).internvl_serving.gateway.v1.MediaReceiptH\x00\x12\x38\n\x05\x65rror\x18\x03 \x01(\x0b\x32\'.internvl_serving.gateway.v1.BatchErrorH\x00\x42\t\n\x07outcome\"D\n\x0f\x45stimateRequest\x12\x31\n\x05media\x18\x01 \x01(\x0b\x32\".internvl_serving.gateway.v1.Media\"y\n\x10\x45stimateResponse\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\x05\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\x12\n\ntile_count\x18\x05 \x01(\x05\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\"%\n\x13\x44\x65leteMediumRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"/\n\x14\x44\x65leteMediumResponse\x12\x17\n\x0f\x65mbedding_count\x18\x01 \x01(\x05\x32\xae\x04\n\x0cMediaService\x12p\n\x0b\x46indMissing\x12/.internvl_serving.gateway.v1.FindMissingRequest\x1a\x30.internvl_serving.gateway.v1.FindMissingResponse\x12\x63\n\x06Upload\x12*.internvl_serving.gateway.v1.UploadRequest\x1a+.internvl_serving.gateway.v1.UploadResponse(\x01\x12i\n\x08Prefetch\x12,.internvl_serving.gateway.v1.PrefetchRequest\x1a-.internvl_serving.gateway.v1.PrefetchResponse0\x01\x12g\n\x08\x45stimate\x12,.internvl_serving.gateway.v1.EstimateRequest\x1a-.internvl_serving.gateway.v1.EstimateResponse\x12s\n\x0c\x44\x65leteMedium\x12\x30.internvl_serving.gateway.v1.DeleteMediumRequest\x1a\x31.internvl_serving.gateway.v1.DeleteMediumResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.gateway.v1.media_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINDMISSINGREQUEST']._serialized_start=113
-  _globals['_FINDMISSINGREQUEST']._serialized_end=150
-  _globals['_FINDMISSINGRESPONSE']._serialized_start=152
-  _globals['_FINDMISSINGRESPONSE']._serialized_end=198
-  _globals['_UPLOADREQUEST']._serialized_start=200
-  _globals['_UPLOADREQUEST']._serialized_end=304
-  _globals['_UPLOADHEADER']._serialized_start=306
-  _globals['_UPLOADHEADER']._serialized_end=336
-  _globals['_UPLOADRESPONSE']._serialized_start=338
-  _globals['_UPLOADRESPONSE']._serialized_end=439
-  _globals['_MEDIASERVICE']._serialized_start=442
-  _globals['_MEDIASERVICE']._serialized_end=671
+  _globals['_FINDMISSINGREQUEST']._serialized_start=253
+  _globals['_FINDMISSINGREQUEST']._serialized_end=290
+  _globals['_FINDMISSINGRESPONSE']._serialized_start=292
+  _globals['_FINDMISSINGRESPONSE']._serialized_end=338
+  _globals['_UPLOADREQUEST']._serialized_start=340
+  _globals['_UPLOADREQUEST']._serialized_end=444
+  _globals['_UPLOADHEADER']._serialized_start=446
+  _globals['_UPLOADHEADER']._serialized_end=476
+  _globals['_UPLOADRESPONSE']._serialized_start=478
+  _globals['_UPLOADRESPONSE']._serialized_end=579
+  _globals['_PREFETCHREQUEST']._serialized_start=581
+  _globals['_PREFETCHREQUEST']._serialized_end=649
+  _globals['_PREFETCHRESPONSE']._serialized_start=652
+  _globals['_PREFETCHRESPONSE']._serialized_end=816
+  _globals['_ESTIMATEREQUEST']._serialized_start=818
+  _globals['_ESTIMATEREQUEST']._serialized_end=886
+  _globals['_ESTIMATERESPONSE']._serialized_start=888
+  _globals['_ESTIMATERESPONSE']._serialized_end=1009
+  _globals['_DELETEMEDIUMREQUEST']._serialized_start=1011
+  _globals['_DELETEMEDIUMREQUEST']._serialized_end=1048
+  _globals['_DELETEMEDIUMRESPONSE']._serialized_start=1050
+  _globals['_DELETEMEDIUMRESPONSE']._serialized_end=1097
+  _globals['_MEDIASERVICE']._serialized_start=1100
+  _globals['_MEDIASERVICE']._serialized_end=1658
 # @@protoc_insertion_point(module_scope)

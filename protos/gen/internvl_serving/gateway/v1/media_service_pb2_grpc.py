@@ -45,6 +45,21 @@ class MediaServiceStub:
                 request_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.UploadRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.UploadResponse.FromString,
                 _registered_method=True)
+        self.Prefetch = channel.unary_stream(
+                '/internvl_serving.gateway.v1.MediaService/Prefetch',
+                request_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.PrefetchResponse.FromString,
+                _registered_method=True)
+        self.Estimate = channel.unary_unary(
+                '/internvl_serving.gateway.v1.MediaService/Estimate',
+                request_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.EstimateRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.EstimateResponse.FromString,
+                _registered_method=True)
+        self.DeleteMedium = channel.unary_unary(
+                '/internvl_serving.gateway.v1.MediaService/DeleteMedium',
+                request_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.DeleteMediumRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.DeleteMediumResponse.FromString,
+                _registered_method=True)
 
 
 class MediaServiceServicer:
@@ -65,6 +80,29 @@ class MediaServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prefetch(self, request, context):
+        """Has embeddings made before anybody asks about them, after all that somebody waits for. Streams one response per
+        medium, as it is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Estimate(self, request, context):
+        """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteMedium(self, request, context):
+        """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
+        once it has been uploaded again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MediaServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +115,21 @@ def add_MediaServiceServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.UploadRequest.FromString,
                     response_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.UploadResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.PrefetchRequest.FromString,
+                    response_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'Estimate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Estimate,
+                    request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.EstimateRequest.FromString,
+                    response_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.EstimateResponse.SerializeToString,
+            ),
+            'DeleteMedium': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteMedium,
+                    request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.DeleteMediumRequest.FromString,
+                    response_serializer=internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.DeleteMediumResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +187,87 @@ class MediaService:
             '/internvl_serving.gateway.v1.MediaService/Upload',
             internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.UploadRequest.SerializeToString,
             internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.UploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/internvl_serving.gateway.v1.MediaService/Prefetch',
+            internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.PrefetchRequest.SerializeToString,
+            internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Estimate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.gateway.v1.MediaService/Estimate',
+            internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.EstimateRequest.SerializeToString,
+            internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.EstimateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteMedium(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.gateway.v1.MediaService/DeleteMedium',
+            internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.DeleteMediumRequest.SerializeToString,
+            internvl__serving_dot_gateway_dot_v1_dot_media__service__pb2.DeleteMediumResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,16 @@ class MediaServiceStub:
     """Says which of some digests the server does not hold."""
     Upload: _grpc.StreamUnaryMultiCallable[_media_service_pb2.UploadRequest, _media_service_pb2.UploadResponse]
     """Stores a medium. The first message is the header; chunks of the bytes follow."""
+    Prefetch: _grpc.UnaryStreamMultiCallable[_media_service_pb2.PrefetchRequest, _media_service_pb2.PrefetchResponse]
+    """Has embeddings made before anybody asks about them, after all that somebody waits for. Streams one response per
+    medium, as it is done.
+    """
+    Estimate: _grpc.UnaryUnaryMultiCallable[_media_service_pb2.EstimateRequest, _media_service_pb2.EstimateResponse]
+    """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
+    DeleteMedium: _grpc.UnaryUnaryMultiCallable[_media_service_pb2.DeleteMediumRequest, _media_service_pb2.DeleteMediumResponse]
+    """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
+    once it has been uploaded again.
+    """
 
 @_typing.type_check_only
 class MediaServiceAsyncStub(MediaServiceStub):
@@ -47,6 +57,16 @@ class MediaServiceAsyncStub(MediaServiceStub):
     """Says which of some digests the server does not hold."""
     Upload: _aio.StreamUnaryMultiCallable[_media_service_pb2.UploadRequest, _media_service_pb2.UploadResponse]  # type: ignore[assignment]
     """Stores a medium. The first message is the header; chunks of the bytes follow."""
+    Prefetch: _aio.UnaryStreamMultiCallable[_media_service_pb2.PrefetchRequest, _media_service_pb2.PrefetchResponse]  # type: ignore[assignment]
+    """Has embeddings made before anybody asks about them, after all that somebody waits for. Streams one response per
+    medium, as it is done.
+    """
+    Estimate: _aio.UnaryUnaryMultiCallable[_media_service_pb2.EstimateRequest, _media_service_pb2.EstimateResponse]  # type: ignore[assignment]
+    """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
+    DeleteMedium: _aio.UnaryUnaryMultiCallable[_media_service_pb2.DeleteMediumRequest, _media_service_pb2.DeleteMediumResponse]  # type: ignore[assignment]
+    """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
+    once it has been uploaded again.
+    """
 
 class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
     """Holds the bytes of pictures, so that each is sent once."""
@@ -66,5 +86,33 @@ class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_media_service_pb2.UploadResponse, _abc.Awaitable[_media_service_pb2.UploadResponse]]:
         """Stores a medium. The first message is the header; chunks of the bytes follow."""
+
+    @_abc_1.abstractmethod
+    def Prefetch(
+        self,
+        request: _media_service_pb2.PrefetchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_media_service_pb2.PrefetchResponse], _abc.AsyncIterator[_media_service_pb2.PrefetchResponse]]:
+        """Has embeddings made before anybody asks about them, after all that somebody waits for. Streams one response per
+        medium, as it is done.
+        """
+
+    @_abc_1.abstractmethod
+    def Estimate(
+        self,
+        request: _media_service_pb2.EstimateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_media_service_pb2.EstimateResponse, _abc.Awaitable[_media_service_pb2.EstimateResponse]]:
+        """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
+
+    @_abc_1.abstractmethod
+    def DeleteMedium(
+        self,
+        request: _media_service_pb2.DeleteMediumRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_media_service_pb2.DeleteMediumResponse, _abc.Awaitable[_media_service_pb2.DeleteMediumResponse]]:
+        """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
+        once it has been uploaded again.
+        """
 
 def add_MediaServiceServicer_to_server(servicer: MediaServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

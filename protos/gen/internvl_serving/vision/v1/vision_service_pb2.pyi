@@ -58,8 +58,14 @@ class EncodeHeader(_message.Message):
 
     MEDIA_DIGEST_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PREFETCH_FIELD_NUMBER: _builtins.int
     media_digest: _builtins.str
     """SHA-256 (64 lower-case hex digits) of the medium's bytes."""
+    tenant: _builtins.str
+    """Whose embedding it is, at most 128 bytes; tenants share nothing. Empty: everybody's."""
+    prefetch: _builtins.bool
+    """Whether nobody waits for it yet: it is encoded after everything that somebody waits for."""
     @_builtins.property
     def options(self) -> _embedding_pb2.PreprocessOptions:
         """How the picture is tiled, and which frames of a video are seen."""
@@ -69,10 +75,12 @@ class EncodeHeader(_message.Message):
         *,
         media_digest: _builtins.str = ...,
         options: _embedding_pb2.PreprocessOptions | None = ...,
+        tenant: _builtins.str = ...,
+        prefetch: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_digest", b"media_digest", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_digest", b"media_digest", "options", b"options", "prefetch", b"prefetch", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -156,17 +164,19 @@ class FetchEmbeddingRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    DIGEST_FIELD_NUMBER: _builtins.int
-    digest: _builtins.str
-    """`digest` of the handle."""
+    HANDLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def handle(self) -> _embedding_pb2.EmbeddingHandle:
+        """The handle, as it was issued."""
+
     def __init__(
         self,
         *,
-        digest: _builtins.str = ...,
+        handle: _embedding_pb2.EmbeddingHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -235,3 +245,121 @@ class FetchEmbeddingHeader(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchEmbeddingHeader: _TypeAlias = FetchEmbeddingHeader  # noqa: Y015
+
+@_typing.final
+class EstimateRequest(_message.Message):
+    """Asks for a picture's size in tiles and tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    content: _builtins.bytes
+    """The picture's first bytes, or all of them. 64 KiB are enough for nearly all pictures but TIFFs."""
+    @_builtins.property
+    def options(self) -> _embedding_pb2.PreprocessOptions:
+        """How it would be tiled; a video cannot be estimated."""
+
+    def __init__(
+        self,
+        *,
+        content: _builtins.bytes = ...,
+        options: _embedding_pb2.PreprocessOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateRequest: _TypeAlias = EstimateRequest  # noqa: Y015
+
+@_typing.final
+class EstimateResponse(_message.Message):
+    """What a picture will take, if it is whole."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    TILE_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """Width of the picture in pixels."""
+    height: _builtins.int
+    """Height of the picture in pixels."""
+    columns: _builtins.int
+    """Columns of the tile grid."""
+    rows: _builtins.int
+    """Rows of the tile grid."""
+    tile_count: _builtins.int
+    """Number of tiles, the thumbnail included."""
+    token_count: _builtins.int
+    """Number of visual tokens."""
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        columns: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        tile_count: _builtins.int = ...,
+        token_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "height", b"height", "rows", b"rows", "tile_count", b"tile_count", "token_count", b"token_count", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateResponse: _TypeAlias = EstimateResponse  # noqa: Y015
+
+@_typing.final
+class EraseRequest(_message.Message):
+    """Says what is to be removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    MEDIA_DIGEST_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Whose embeddings. Empty: those that are everybody's."""
+    media_digest: _builtins.str
+    """SHA-256 (64 lower-case hex digits) of the medium's bytes. Empty: all media of the tenant."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        media_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_digest", b"media_digest", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseRequest: _TypeAlias = EraseRequest  # noqa: Y015
+
+@_typing.final
+class EraseResponse(_message.Message):
+    """What was removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDING_COUNT_FIELD_NUMBER: _builtins.int
+    embedding_count: _builtins.int
+    """Number of embeddings that were removed from the embedding store."""
+    def __init__(
+        self,
+        *,
+        embedding_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_count", b"embedding_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseResponse: _TypeAlias = EraseResponse  # noqa: Y015

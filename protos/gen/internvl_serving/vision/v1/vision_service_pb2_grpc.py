@@ -45,6 +45,16 @@ class VisionServiceStub:
                 request_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.FetchEmbeddingRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.FetchEmbeddingResponse.FromString,
                 _registered_method=True)
+        self.Estimate = channel.unary_unary(
+                '/internvl_serving.vision.v1.VisionService/Estimate',
+                request_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EstimateRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EstimateResponse.FromString,
+                _registered_method=True)
+        self.Erase = channel.unary_unary(
+                '/internvl_serving.vision.v1.VisionService/Erase',
+                request_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseResponse.FromString,
+                _registered_method=True)
 
 
 class VisionServiceServicer:
@@ -67,6 +77,20 @@ class VisionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Estimate(self, request, context):
+        """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Erase(self, request, context):
+        """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VisionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +103,16 @@ def add_VisionServiceServicer_to_server(servicer, server):
                     servicer.FetchEmbedding,
                     request_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.FetchEmbeddingRequest.FromString,
                     response_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.FetchEmbeddingResponse.SerializeToString,
+            ),
+            'Estimate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Estimate,
+                    request_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EstimateRequest.FromString,
+                    response_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EstimateResponse.SerializeToString,
+            ),
+            'Erase': grpc.unary_unary_rpc_method_handler(
+                    servicer.Erase,
+                    request_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseRequest.FromString,
+                    response_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +170,60 @@ class VisionService:
             '/internvl_serving.vision.v1.VisionService/FetchEmbedding',
             internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.FetchEmbeddingRequest.SerializeToString,
             internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.FetchEmbeddingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Estimate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.vision.v1.VisionService/Estimate',
+            internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EstimateRequest.SerializeToString,
+            internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EstimateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Erase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.vision.v1.VisionService/Erase',
+            internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseRequest.SerializeToString,
+            internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,10 @@ class VisionServiceStub:
     """
     FetchEmbedding: _grpc.UnaryStreamMultiCallable[_vision_service_pb2.FetchEmbeddingRequest, _vision_service_pb2.FetchEmbeddingResponse]
     """Streams an embedding's tensor: one header, then chunks of at most 1 MiB in order."""
+    Estimate: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.EstimateRequest, _vision_service_pb2.EstimateResponse]
+    """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
+    Erase: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.EraseRequest, _vision_service_pb2.EraseResponse]
+    """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica."""
 
 @_typing.type_check_only
 class VisionServiceAsyncStub(VisionServiceStub):
@@ -53,6 +57,10 @@ class VisionServiceAsyncStub(VisionServiceStub):
     """
     FetchEmbedding: _aio.UnaryStreamMultiCallable[_vision_service_pb2.FetchEmbeddingRequest, _vision_service_pb2.FetchEmbeddingResponse]  # type: ignore[assignment]
     """Streams an embedding's tensor: one header, then chunks of at most 1 MiB in order."""
+    Estimate: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.EstimateRequest, _vision_service_pb2.EstimateResponse]  # type: ignore[assignment]
+    """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
+    Erase: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.EraseRequest, _vision_service_pb2.EraseResponse]  # type: ignore[assignment]
+    """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica."""
 
 class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns pictures into visual embeddings and keeps them."""
@@ -75,5 +83,21 @@ class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_vision_service_pb2.FetchEmbeddingResponse], _abc.AsyncIterator[_vision_service_pb2.FetchEmbeddingResponse]]:
         """Streams an embedding's tensor: one header, then chunks of at most 1 MiB in order."""
+
+    @_abc_1.abstractmethod
+    def Estimate(
+        self,
+        request: _vision_service_pb2.EstimateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_service_pb2.EstimateResponse, _abc.Awaitable[_vision_service_pb2.EstimateResponse]]:
+        """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
+
+    @_abc_1.abstractmethod
+    def Erase(
+        self,
+        request: _vision_service_pb2.EraseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_service_pb2.EraseResponse, _abc.Awaitable[_vision_service_pb2.EraseResponse]]:
+        """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica."""
 
 def add_VisionServiceServicer_to_server(servicer: VisionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
