@@ -10,13 +10,13 @@ from examples.nano.world.vocabulary import COLOURS, SHAPES, WORDS
 class SituationWeights:
     """How often each sort of situation comes up, relative to the others."""
 
-    shapes: float = 0.40
-    number: float = 0.20
-    word: float = 0.08
-    chart: float = 0.07
+    shapes: float = 0.35
+    number: float = 0.17
+    word: float = 0.07
+    chart: float = 0.06
     nothing: float = 0.02
-    compare: float = 0.10
-    clip: float = 0.10
+    compare: float = 0.14
+    clip: float = 0.16
     other_picture: float = 0.03
 
 
