@@ -27,11 +27,12 @@ from internvl_serving.gateway.v1 import (
     conversation_service_pb2_grpc,
     media_service_pb2_grpc,
 )
-from shared.announcements import Announcements, cancelled
+from shared.announcements import Announcements
 from shared.metrics import NO_METRICS, Registry
+from shared.redis_link import connect_redis
 from shared.rpc.channel import open_channel
 from shared.rpc.server import Application
-from shared.store import connect_redis
+from shared.tasks import cancelled
 
 log = structlog.get_logger()
 _NAMES = ("ChatService", "ConversationService", "MediaService", "BatchService")

@@ -65,6 +65,13 @@ class MediaEncoder:
         """Return the embeddings anew, sending the bytes whether or not a cache claims to hold the embedding."""
         return await self._each(media, self._encode_anew)
 
+    async def prefetch(self, placed: PlacedMedium) -> Encoded:
+        """Return the embedding of a medium that nobody waits for; raises as `encode` does."""
+        with placing_errors(placed.field):
+            return await _Queue(self._patience_s).passed(
+                lambda: _repeated(lambda: self._found_or_encoded(placed.medium, prefetch=True))
+            )
+
     async def _each(
         self, media: Sequence[PlacedMedium], encode: Callable[[Medium], Awaitable[Encoded]]
     ) -> dict[Medium, Encoded]:
@@ -80,15 +87,6 @@ class MediaEncoder:
         results = await all_or_first_error([encode_one(placed) for placed in distinct])
         return {placed.medium: encoded for placed, encoded in zip(distinct, results, strict=True)}
 
-    async def prefetch(self, placed: PlacedMedium) -> Encoded:
-        """Return the embedding of a medium that nobody waits for; raises as `encode` does."""
-        with placing_errors(placed.field):
-            return await _Queue(self._patience_s).passed(lambda: _repeated(lambda: self._prefetch(placed.medium)))
-
-    async def _prefetch(self, medium: Medium) -> Encoded:
-        found = await self._vision.find(medium, prefetch=True)
-        return found or await self._vision.encode(medium, await self._library.content_of(medium), prefetch=True)
-
     async def _encode(self, medium: Medium) -> Encoded:
         try:
             encoded = await _repeated(lambda: self._found_or_encoded(medium))
@@ -100,14 +98,15 @@ class MediaEncoder:
         self._earlier.put(replace(medium, content=None), encoded)
         return encoded
 
-    async def _found_or_encoded(self, medium: Medium) -> Encoded:
-        return await self._vision.find(medium) or await self._encode_content(medium)
+    async def _found_or_encoded(self, medium: Medium, *, prefetch: bool = False) -> Encoded:
+        found = await self._vision.find(medium, prefetch=prefetch)
+        return found or await self._encode_content(medium, prefetch=prefetch)
 
     async def _encode_anew(self, medium: Medium) -> Encoded:
         return await _repeated(lambda: self._encode_content(medium))
 
-    async def _encode_content(self, medium: Medium) -> Encoded:
-        return await self._vision.encode(medium, await self._library.content_of(medium))
+    async def _encode_content(self, medium: Medium, *, prefetch: bool = False) -> Encoded:
+        return await self._vision.encode(medium, await self._library.content_of(medium), prefetch=prefetch)
 
 
 def _distinct(media: Sequence[PlacedMedium]) -> list[PlacedMedium]:

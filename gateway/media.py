@@ -13,11 +13,11 @@ from redis.asyncio import Redis
 
 from gateway.content import MediaPart, Medium, Message, Part
 from gateway.dialogue import Dialogue
+from shared.breaker import CircuitBreaker
 from shared.digest import digest_of
 from shared.errors import MediaDigestMismatch, MediaNotFound, MediaTooLarge, MediaUnreadable, StoreUnavailable
 from shared.lru import LruCache
 from shared.reach import reaching_store
-from shared.store import CircuitBreaker
 
 log = structlog.get_logger()
 MAX_CHUNK_BYTES = 2 << 20  # larger values make Redis stall for everybody

@@ -12,6 +12,7 @@ from shared.errors import EmbeddingIncompatible
 from shared.local_cache import LocalEmbeddingCache
 from shared.rpc.deadline import detached
 from shared.store import EmbeddingStore
+from shared.tasks import cancelled
 
 _BYTES_PER_S: Final = 500e6  # what a healthy store sends
 
@@ -122,8 +123,7 @@ class EmbeddingReader:
                 return embedding, FetchTier.STORE
             return await made, FetchTier.VISION
         finally:
-            made.cancel()
-            await asyncio.gather(made, return_exceptions=True)
+            await cancelled(made)
 
     def _leave(self, stored: asyncio.Task[Embedding | None]) -> None:
         """Let the store's answer come for a little longer, although nobody waits for it any more."""

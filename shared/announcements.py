@@ -53,9 +53,3 @@ class Announcements:
                     self._connected()
             elif message["type"] == "message":
                 self._heard[message["channel"].decode()](message["data"])
-
-
-async def cancelled(task: asyncio.Task[NoReturn]) -> None:
-    """End a task that would run for ever."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

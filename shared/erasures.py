@@ -13,10 +13,11 @@ from typing import Final, Protocol, TypeVar, cast
 
 import structlog
 
-from shared.announcements import Announcements, cancelled
+from shared.announcements import Announcements
 from shared.errors import StoreUnavailable
 from shared.redis_link import RedisLink, StoreFailed
 from shared.stored_name import keys_of, name_of
+from shared.tasks import cancelled
 
 log = structlog.get_logger()
 T = TypeVar("T")

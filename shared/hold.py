@@ -47,7 +47,7 @@ class Hold:
                         await pipeline.execute()
                         return True
 
-    async def renew(self, queue: Callable[[Pipeline], Any]) -> bool:
+    async def renew(self, queue: Callable[[Pipeline], Any] = lambda pipeline: None) -> bool:
         """Hold the right for its whole duration again, with the queued commands; False: it was lost."""
 
         def renewal(pipeline: Pipeline) -> None:

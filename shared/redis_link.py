@@ -18,6 +18,7 @@ from shared.metrics import StoreObserver
 from shared.patience import Patience
 from shared.settings import EmbeddingStoreSettings
 from shared.store_metrics import UNOBSERVED
+from shared.tasks import cancelled
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -103,5 +104,4 @@ async def open_link(
         try:
             yield RedisLink(redis, breaker, settings.redis_timeout_s, observer)
         finally:
-            probing.cancel()
-            await asyncio.gather(probing, return_exceptions=True)
+            await cancelled(probing)

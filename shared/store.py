@@ -9,29 +9,18 @@ from typing import Final, Protocol
 
 import structlog
 
-from shared.breaker import CircuitBreaker
 from shared.bulk import BulkConnections
 from shared.embedding import Embedding, EmbeddingInfo, EmbeddingKey
 from shared.embedding_values import Bytes, EmbeddingFormat
 from shared.erasures import erase_stored
-from shared.local_cache import LocalEmbeddingCache
 from shared.patience import Patience
-from shared.redis_link import RedisLink, StoreFailed, connect_redis
+from shared.redis_link import RedisLink, StoreFailed
 from shared.settings import EmbeddingStoreSettings
 from shared.stored_name import StoredName, tenant_tag_of
+from shared.tasks import cancelled
 from shared.transfer import Transfers, ValueDamaged, ValueMissing
 from shared.write_queue import DEFAULT_LIMITS, QueueLimits, WriteQueue, settled
 
-__all__ = [
-    "CircuitBreaker",
-    "EmbeddingStore",
-    "LocalEmbeddingCache",
-    "NoEmbeddingStore",
-    "Patience",
-    "RedisEmbeddingStore",
-    "connect_redis",
-    "open_embedding_store",
-]
 log = structlog.get_logger()
 # Embeddings read at a time: 16 MiB on the way, which a link of 1 Gbit/s carries within the time limit of each value.
 _READERS: Final = 4
@@ -119,8 +108,7 @@ class RedisEmbeddingStore:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop writing, and close."""
-        self._writing.cancel()
-        await asyncio.gather(self._writing, return_exceptions=True)
+        await cancelled(self._writing)
         for threads in (self._readers, self._writer):
             threads.shutdown(wait=False, cancel_futures=True)
         self._connections.close()

@@ -14,7 +14,7 @@ import torch
 from redis.asyncio import Redis
 
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
-from shared.announcements import Announcements, cancelled
+from shared.announcements import Announcements
 from shared.checkpoint import Checkpoint, InternVLConfig, read_config
 from shared.embedding import MAX_SIZE_BYTES
 from shared.erasures import CHANNEL as ERASED
@@ -27,6 +27,7 @@ from shared.rpc.handles import HandleSigner
 from shared.rpc.server import Application
 from shared.store import NoEmbeddingStore, RedisEmbeddingStore, open_embedding_store
 from shared.store_metrics import StoreMetrics
+from shared.tasks import cancelled
 from shared.tensors import resolve_device, resolve_dtype
 from vision_service.batcher import Batcher
 from vision_service.convert import HandleIssuer

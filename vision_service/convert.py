@@ -85,9 +85,14 @@ class ChunkedUpload:
         self._chunks.append(message.chunk)
 
 
-def medium_of(header: vision_service_pb2.EncodeHeader, spec: MediaSpec) -> tuple[str, MediaSpec, str]:
-    """Return media digest, spec and tenant of what is to be encoded, or raise `InvalidRequest`."""
-    return checked_digest(header.media_digest, "header.media_digest"), spec, _tenant(header.tenant, "header.tenant")
+def media_digest_of(header: vision_service_pb2.EncodeHeader) -> str:
+    """Return the media digest, or raise `InvalidRequest`."""
+    return checked_digest(header.media_digest, "header.media_digest")
+
+
+def tenant_of(header: vision_service_pb2.EncodeHeader) -> str:
+    """Return whose embedding it is, or raise `InvalidRequest`."""
+    return _tenant(header.tenant, "header.tenant")
 
 
 def erasure_of(request: vision_service_pb2.EraseRequest) -> tuple[str, str | None]:

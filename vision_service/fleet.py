@@ -14,19 +14,16 @@ from typing import Final, Protocol
 
 import structlog
 
-from shared.errors import MediaTooLarge, MediaUnreadable, ServiceError, StoreUnavailable, VideoRangeEmpty
+from shared.errors import ServiceError, StoreUnavailable
 from shared.hold import Hold
 from shared.patience import Patience
 from shared.redis_link import RedisLink
 from vision_service.metrics import UNOBSERVED, VisionMetrics
+from vision_service.refusals import is_refusal, refusal_of
 
 log = structlog.get_logger()
 CHANNEL: Final = "ivl:encoded"
 _RENEWALS: Final = 3  # of a lease within its time
-# What is wrong with a medium is wrong with it everywhere, so it is found out once.
-_REFUSALS: Final[dict[str, type[ServiceError]]] = {
-    error.reason: error for error in (MediaUnreadable, MediaTooLarge, VideoRangeEmpty)
-}
 
 
 class Lease(Protocol):
@@ -123,7 +120,7 @@ class RedisFleet:
         with suppress(ValueError, TypeError, KeyError):
             announced = json.loads(message)
             for watch in self._watches.get(announced["digest"], ()):
-                watch.tell(_refusal_of(announced))
+                watch.tell(refusal_of(announced) if "reason" in announced else None)
 
     async def _taken(self, hold: Hold) -> bool:
         async with self._link.redis.pipeline(transaction=False) as pipeline:
@@ -152,7 +149,7 @@ class _RedisLease:
         """Give the lease back and announce the outcome, both at once. Who has lost the lease announces nothing."""
         self._renewing.cancel()
         message = {"digest": self._digest}
-        if refusal is not None and refusal.reason in _REFUSALS:
+        if refusal is not None and is_refusal(refusal):
             message |= {"reason": refusal.reason, "message": refusal.message}
         await self._hold.release(lambda pipeline: pipeline.publish(CHANNEL, json.dumps(message)))
 
@@ -160,7 +157,7 @@ class _RedisLease:
         while True:
             await asyncio.sleep(self._renew_s)
             with suppress(StoreUnavailable):
-                if not await self._hold.renew(lambda pipeline: None):
+                if not await self._hold.renew():
                     log.warning("encoding_lease_lost", digest=self._digest)
                     return
 
@@ -186,12 +183,6 @@ class _RedisWatch:
         self._told.clear()
         if self._refusal is not None:
             raise self._refusal
-
-
-def _refusal_of(announced: dict[str, str]) -> ServiceError | None:
-    if "reason" not in announced:
-        return None
-    return _REFUSALS[announced["reason"]](announced["message"])
 
 
 def _key(digest: str) -> str:

@@ -9,9 +9,11 @@ import structlog
 
 from shared.embedding import Embedding
 from shared.errors import ServiceError
+from shared.local_cache import LocalEmbeddingCache
 from shared.patience import Patience
 from shared.rpc.deadline import remaining_s
-from shared.store import EmbeddingStore, LocalEmbeddingCache
+from shared.store import EmbeddingStore
+from shared.tasks import cancelled
 from vision_service.batcher import Deadline
 from vision_service.encoded import CacheTier, Encoded, Wanted
 from vision_service.fleet import Fleet, Lease
@@ -99,14 +101,10 @@ class Flights:
 
     async def close(self) -> None:
         """Abandon the encodes in progress; what is made gets a moment to be stored, and every lease is given back."""
-        for flight in self._flights.values():
-            flight.task.cancel()
-        await asyncio.gather(*(flight.task for flight in self._flights.values()), return_exceptions=True)
+        await cancelled(*(flight.task for flight in self._flights.values()))
         if self._finishing:
             _, late = await asyncio.wait(self._finishing, timeout=_CLOSE_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await cancelled(*late)
 
     def _begin(
         self, wanted: Wanted, deadline: Deadline, work: Coroutine[Any, Any, Encoded | None], *, has_bytes: bool

@@ -33,7 +33,8 @@ class VisionServicer(vision_service_pb2_grpc.VisionServiceServicer):
         stream = convert.EncodeStream(request_iterator)
         header = await stream.header()
         spec = convert.spec_of(header.options, self._default_spec, self._settings, "header.options")
-        wanted = self._encoder.wanted(*convert.medium_of(header, spec), prefetch=header.prefetch)
+        media_digest, tenant = convert.media_digest_of(header), convert.tenant_of(header)
+        wanted = self._encoder.wanted(media_digest, spec, tenant, prefetch=header.prefetch)
         max_bytes = self._settings.max_video_bytes if wanted.is_video else self._settings.max_media_bytes
         encoded = await self._encoder.encode(wanted, stream.upload(max_bytes))
         return convert.encode_response(encoded, self._issuer)

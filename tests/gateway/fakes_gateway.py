@@ -36,7 +36,7 @@ from gateway.metrics import UNOBSERVED, GatewayMetrics
 from gateway.prompt import EmbeddingHandle, VisualSegment
 from shared.digest import digest_of
 from shared.errors import StoreUnavailable
-from shared.store import connect_redis
+from shared.redis_link import connect_redis
 
 CAT, DOG, OWL = b"the bytes of a cat", b"the bytes of a dog", b"the bytes of an owl"
 

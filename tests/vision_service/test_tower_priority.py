@@ -36,7 +36,8 @@ in_thread(model)
 found["loop"] = niceness()
 in_thread(lambda: found.update(other=niceness()))
 group = Path("/proc/self/autogroup")
-found["session"] = int(group.read_text().split()[-1]) if group.exists() else None
+words = group.read_text().split() if group.exists() else []  # a container's first session has an empty one
+found["session"] = int(words[-1]) if words else None
 print(json.dumps(found))
 """
 

@@ -11,7 +11,8 @@ from typing import Final, TypeVar
 
 import structlog
 
-from shared.errors import MediaTooLarge, MediaUnreadable, ServiceError, VideoRangeEmpty
+from shared.errors import MediaTooLarge, MediaUnreadable
+from vision_service.refusals import refusal_of
 from vision_service.workers.channel import Header, channel_pair
 from vision_service.workers.settings import WorkerSettings
 
@@ -19,9 +20,6 @@ T = TypeVar("T")
 log = structlog.get_logger()
 WORKER: Final = (sys.executable, "-m", "vision_service.workers.worker")
 _DEATH_TIMEOUT_S: Final = 5.0  # for a process that has closed its channel
-_REFUSALS: Final[dict[str, type[ServiceError]]] = {
-    error.reason: error for error in (MediaUnreadable, MediaTooLarge, VideoRangeEmpty)
-}
 
 
 class WorkerProcess:
@@ -78,7 +76,7 @@ class WorkerProcess:
             header, answer = self._channel.receive(deadline)
             if "reason" not in header:
                 return read(header, answer)
-            refusal = _REFUSALS[header["reason"]](header["message"])
+            refusal = refusal_of(header)
         except TimeoutError:
             self.kill()
             raise self._death(late=True) from None
