@@ -7,7 +7,7 @@ next gateway that is asked about the batch takes it over and asks the items that
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Protocol, TypeVar
 
@@ -279,7 +279,7 @@ class Batches:
 
     async def _outcome(self, item: bytes) -> ItemAnswer | ServiceError:
         try:
-            request = self._format.read_item(item)
+            request = replace(self._format.read_item(item), in_background=True)
             return await self._patiently(lambda: self._answered(request))
         except ServiceError as error:
             log.info("batch_item_failed", reason=error.reason)

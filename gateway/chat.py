@@ -216,7 +216,9 @@ class Answer:
     async def _attempt(self) -> AsyncGenerator[Started | Delta, None]:
         handles = {medium: encoded.handle for medium, encoded in self._encoded.items()}
         prompt = prompt_of(self.dialogue, handles, self._request.tools)
-        request = GenerateRequest(prompt, self._request.config, self._request.return_token_ids)
+        request = GenerateRequest(
+            prompt, self._request.config, self._request.return_token_ids, self._request.in_background
+        )
         async with aclosing(self._llm.generate(request)) as events:
             async for event in events:
                 if isinstance(event, Generated):

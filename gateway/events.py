@@ -50,15 +50,17 @@ class ChatRequest:
     tools: tuple[Tool, ...] = ()
     max_total_tiles: int | None = None
     ranking_method: RankingMethod = RankingMethod.UNSPECIFIED
+    in_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A prompt to answer."""
+    """A prompt to answer; `in_background` where nobody waits for every token."""
 
     prompt: Prompt
     config: GenerationConfig = GenerationConfig()
     return_token_ids: bool = False
+    in_background: bool = False
 
 
 class CacheTier(StrEnum):

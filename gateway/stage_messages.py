@@ -47,6 +47,7 @@ def generate_request(request: GenerateRequest) -> llm_service_pb2.GenerateReques
         prompt=_prompt_message(request.prompt),
         generation_config=generation_pb2.GenerationConfig(stop_sequences=config.stop_sequences, **chosen),
         return_token_ids=request.return_token_ids,
+        priority=generation_pb2.PRIORITY_BACKGROUND if request.in_background else generation_pb2.PRIORITY_INTERACTIVE,
     )
 
 

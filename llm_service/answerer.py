@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import structlog
@@ -12,24 +12,30 @@ import torch
 
 from llm_service.admission import Admission
 from llm_service.candidate import Candidate, CandidateResult, Delta
-from llm_service.embeddings import EmbeddingReader, FetchedEmbedding
+from llm_service.embeddings import EmbeddingReader
 from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import Engine
-from llm_service.engine.sequence import Constraint, EngineRequest, FinishReason, SamplingParams, TokenOutput
+from llm_service.engine.sequence import (
+    Constraint,
+    EngineRequest,
+    FinishReason,
+    Priority,
+    SamplingParams,
+    TokenOutput,
+)
+from llm_service.fetcher import EmbeddingFetcher, Transfer
 from llm_service.metrics import UNOBSERVED, LlmMetrics
-from llm_service.prompt.dialogue import Dialogue, EmbeddingRef
+from llm_service.prompt.dialogue import Dialogue
 from llm_service.prompt.positions import ORDINARY_STRIDE, positions
 from llm_service.prompt.splice import PromptTokens
 from llm_service.prompt.text_stream import TextStream
 from llm_service.prompt.writer import PromptWriter
 from llm_service.schema.compiler import SchemaCompiler
 from llm_service.scoring import probe_of
-from shared.embedding import Embedding
 from shared.errors import EmbeddingIncompatible, PromptTooLong
-from shared.tensors import tensor_of
+from shared.rpc.deadline import remaining_s
 
 log = structlog.get_logger()
-_INLINE_BYTES = 256 << 10  # of an embedding that is converted on the event loop; larger ones go to a thread
 _INLINE_CHARACTERS = 8_192  # what is tokenized on the event loop; longer prompts go to a thread
 _CHARACTERS_PER_TOKEN = 16  # far above what any language needs; text with more cannot fit and is not even tokenized
 
@@ -46,6 +52,7 @@ class GenerationOptions:
     visual_stride: int = ORDINARY_STRIDE
     include_special_tokens: bool = False
     tells_logprobs: bool = False
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,8 @@ class Started:
 class Finished:
     """The answer is complete: `reason` is the likeliest candidate's, `num_output_tokens` counts all candidates'.
 
-    Durations in seconds; `transfers` are one per embedding, in the order of the prompt.
+    Durations in seconds. The first `num_cached` tokens of the prompt were in the KV cache; `transfers` are one per
+    embedding, in the order of the prompt.
     """
 
     reason: FinishReason
@@ -68,11 +76,11 @@ class Finished:
     prefill_s: float
     decode_s: float
     candidates: tuple[CandidateResult, ...]
-    transfers: tuple[FetchedEmbedding, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+    num_cached: int = 0
 
 
 Event = Started | Delta | Finished
-_Fetched = dict[EmbeddingRef, FetchedEmbedding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +140,26 @@ class Answerer:
             prompt = await self.tokenize(dialogue)
             self._check_length(len(prompt.ids))
             constraint = await self._constraint(options)
-            async with self._admission.embeddings(self._embedding_bytes(prompt)):
-                fetched = await self._fetch(prompt)
+            async with self._fetcher(prompt) as fetcher:
                 request = EngineRequest(
                     prompt,
-                    await self._tensors(prompt, fetched),
+                    (),
                     options.sampling,
                     num_candidates=options.num_candidates,
                     constraint=constraint,
                     positions=_positions(prompt, options.visual_stride),
+                    fetch=fetcher.fetch,
+                    priority=options.priority,
+                    deadline=_deadline(),
                 )
                 yield Started(prompt)
                 decode = self._decode if options.num_beams == 1 else self._search
                 async with aclosing(decode(request, options, dialogue, clock)) as events:
                     async for event in events:
                         if isinstance(event, Finished):
-                            event = replace(event, transfers=tuple(fetched.values()))
+                            event = replace(event, transfers=fetcher.transfers)
+                        else:
+                            await fetcher.release()
                         yield event
 
     async def score(self, dialogue: Dialogue, choices: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
@@ -160,9 +172,9 @@ class Answerer:
             prompt = await self.tokenize(dialogue)
             self._check_length(len(prompt.ids))
             probe = probe_of(self._writer, dialogue, prompt, choices)
-            async with self._admission.embeddings(self._embedding_bytes(prompt)):
-                tensors = await self._tensors(prompt, await self._fetch(prompt))
-                request = EngineRequest(prompt, tensors, SamplingParams(max_output_tokens=1), probe=probe)
+            async with self._fetcher(prompt) as fetcher:
+                params = SamplingParams(max_output_tokens=1)
+                request = EngineRequest(prompt, (), params, probe=probe, fetch=fetcher.fetch, deadline=_deadline())
                 return (await self._engine.probe(request)).probabilities
 
     async def _decode(
@@ -199,22 +211,13 @@ class Answerer:
     async def _constraint(self, options: GenerationOptions) -> Constraint | None:
         return await self._schemas.constraint(options.json_schema) if options.json_schema else None
 
-    async def _fetch(self, prompt: PromptTokens) -> _Fetched:
-        """Return the prompt's embeddings, each fetched once, in the order of their first appearance."""
-        refs = list(dict.fromkeys(placeholder.ref for placeholder in prompt.placeholders))
-        fetched = await asyncio.gather(*map(self._reader.read, refs))
-        self._metrics.note_fetched(fetched)
-        return dict(zip(refs, fetched, strict=True))
-
-    async def _tensors(self, prompt: PromptTokens, fetched: _Fetched) -> tuple[torch.Tensor, ...]:
-        """Return the rows of each placeholder; those of one embedding share its memory."""
-        whole = {ref: await self._tensor(entry.embedding) for ref, entry in fetched.items()}
-        return tuple(whole[place.ref][place.offset : place.offset + place.length] for place in prompt.placeholders)
-
-    async def _tensor(self, embedding: Embedding) -> torch.Tensor:
-        if embedding.info.size_bytes <= _INLINE_BYTES:
-            return tensor_of(embedding, self.facts.dtype)
-        return await asyncio.to_thread(tensor_of, embedding, self.facts.dtype)
+    @asynccontextmanager
+    async def _fetcher(self, prompt: PromptTokens) -> AsyncIterator[EmbeddingFetcher]:
+        fetcher = EmbeddingFetcher(prompt, self._reader, self._admission, self.facts.dtype, self._metrics)
+        try:
+            yield fetcher
+        finally:
+            await fetcher.release()
 
     def _candidate(self, index: int, options: GenerationOptions, dialogue: Dialogue) -> Candidate:
         return Candidate(
@@ -237,10 +240,6 @@ class Answerer:
             grounding=dialogue.grounding,
             include_special_tokens=options.include_special_tokens,
         )
-
-    def _embedding_bytes(self, prompt: PromptTokens) -> int:
-        distinct = {placeholder.ref.digest: placeholder.ref.token_count for placeholder in prompt.placeholders}
-        return sum(distinct.values()) * self.facts.hidden_size * self.facts.dtype.itemsize
 
     def _check(self, dialogue: Dialogue) -> None:
         """Refuse what cannot be right or cannot fit, before anything is built for it."""
@@ -268,6 +267,12 @@ def _is_text(token_id: int, options: GenerationOptions) -> bool:
     return options.include_special_tokens or token_id not in options.sampling.stop_token_ids
 
 
+def _deadline() -> float | None:
+    """Return when the current call ends, by the monotonic clock."""
+    left_s = remaining_s()
+    return None if left_s is None else time.monotonic() + left_s
+
+
 def _positions(prompt: PromptTokens, stride: int) -> torch.Tensor | None:
     return None if stride == ORDINARY_STRIDE else torch.from_numpy(positions(prompt, stride))
 
@@ -279,6 +284,7 @@ class _Clock:
         self._metrics = metrics
         self._arrived = self._began = time.monotonic()
         self._queue_s = self._prefill_s = 0.0
+        self._num_cached = 0
         self._first_token_time: float | None = None
 
     def begin(self) -> None:
@@ -289,6 +295,7 @@ class _Clock:
         if self._first_token_time is None:
             self._first_token_time = time.monotonic()
             self._queue_s, self._prefill_s = output.queue_s or 0.0, output.prefill_s or 0.0
+            self._num_cached = output.num_cached or 0
             self._metrics.note_first_token(self._queue_s, self._prefill_s, self._first_token_time - self._arrived)
 
     def finished(self, candidates: list[CandidateResult]) -> Finished:
@@ -297,4 +304,12 @@ class _Clock:
         counts = [candidate.num_output_tokens for candidate in candidates]
         if self._first_token_time is not None:  # there is none in a search over beams
             self._metrics.note_decoded(decode_s, max(counts))
-        return Finished(likeliest.reason, sum(counts), self._queue_s, self._prefill_s, decode_s, tuple(candidates))
+        return Finished(
+            likeliest.reason,
+            sum(counts),
+            self._queue_s,
+            self._prefill_s,
+            decode_s,
+            tuple(candidates),
+            num_cached=self._num_cached,
+        )

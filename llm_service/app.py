@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import structlog
 import torch
@@ -17,11 +18,13 @@ from llm_service.embeddings import EmbeddingReader
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.model_runner import ModelRunner
+from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, SamplingParams
 from llm_service.metrics import LlmMetrics
 from llm_service.model.attention import KVCache
 from llm_service.model.decoder import Decoder
 from llm_service.model.loader import LoadSettings, load_decoder
+from llm_service.model.rope import rotation_of
 from llm_service.prompt.splice import PromptTokens
 from llm_service.prompt.template import TEMPLATES, Template
 from llm_service.prompt.tokenizer import Tokenizer, load_tokenizer
@@ -44,6 +47,7 @@ from shared.tensors import resolve_device, resolve_dtype
 log = structlog.get_logger()
 _CPU_KV_CACHE_BYTES = 1 << 30
 _GPU_KV_CACHE_FRACTION = 0.85
+_WARM_UPS, _WARM_UP_TOKENS = 3, 64
 _SERVICE = llm_service_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name
 
 
@@ -51,7 +55,8 @@ _SERVICE = llm_service_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name
 async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_METRICS) -> AsyncIterator[Application]:
     """Yield the service; the model is loaded by its warm-up. Everything that was opened is closed at the end."""
     async with AsyncExitStack() as stack:
-        reader = await _open_reader(settings, stack, StoreMetrics.declared(registry))
+        prefixes = KeptPrefixes()
+        reader = await _open_reader(settings, stack, StoreMetrics.declared(registry), prefixes)
         signer = HandleSigner(settings.embedding_key.get_secret_value())
         servicer = LlmServicer(settings.default_output_tokens, signer)
         broken = asyncio.Event()
@@ -63,8 +68,8 @@ async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_
             engine.start(broken.set)
             stack.callback(engine.stop)
             metrics.engine.connect(engine.stats)
-            async for _ in engine.generate(_WARM_UP):
-                pass
+            prefixes.engine = engine
+            await _warm_up(engine)
             schemas = await asyncio.to_thread(model.schemas)
             admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
             servicer.answerer = Answerer(model.facts(), model.writer(), schemas, reader, engine, admission, metrics)
@@ -104,10 +109,10 @@ class LoadedModel:
         settings = self._settings
         limits = EngineLimits(
             max_sequences=settings.max_sequences,
-            max_batch_tokens=max(settings.max_batch_tokens, settings.max_sequences),
+            step=_step_limits(settings),
             max_tokens=settings.max_context_tokens or self.decoder.config.rope.max_positions,
         )
-        return PagedEngine(*self.runner(), limits)
+        return PagedEngine(*self.runner(), limits, partial(rotation_of, self.decoder.config.rope))
 
     def runner(self) -> tuple[ModelRunner, BlockManager]:
         """Return a runner with a KV cache of its own, and the manager of the cache's blocks."""
@@ -163,10 +168,35 @@ class LoadedModel:
         )
 
 
-_WARM_UP = EngineRequest(PromptTokens((0,) * 8), (), SamplingParams(max_output_tokens=2))
+class KeptPrefixes:
+    """What the engine keeps of prompts, as a memory that hears of erasures. Whose it was it cannot tell."""
+
+    def __init__(self) -> None:
+        self.engine: PagedEngine | None = None
+
+    def erase_tagged(self, tenant_tag: str, media_digest: str | None) -> None:
+        """Forget everything."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        if self.engine is not None:
+            self.engine.forget()
 
 
-async def _open_reader(settings: LlmSettings, stack: AsyncExitStack, metrics: StoreMetrics) -> EmbeddingReader:
+async def _warm_up(engine: PagedEngine) -> None:
+    """Run every kind of step, so that nothing is set up at the first request, and the engine learns how fast it is."""
+    params = SamplingParams(max_output_tokens=2)
+    for _ in range(_WARM_UPS):
+        engine.forget()
+        async for _ in engine.generate(EngineRequest(PromptTokens((0,) * _WARM_UP_TOKENS), (), params)):
+            pass
+    engine.forget()
+
+
+async def _open_reader(
+    settings: LlmSettings, stack: AsyncExitStack, metrics: StoreMetrics, prefixes: KeptPrefixes
+) -> EmbeddingReader:
     link = await stack.enter_async_context(open_link(settings, metrics))
     store = await stack.enter_async_context(open_embedding_store(link, settings))
     vision = VisionReplicas(settings.max_message_bytes)
@@ -174,8 +204,13 @@ async def _open_reader(settings: LlmSettings, stack: AsyncExitStack, metrics: St
     cache = LocalEmbeddingCache(settings.local_cache_bytes, metrics)
     metrics.cache_bytes.follow(lambda: cache.size_bytes, cache="embeddings")
     if link is not None:
-        await stack.enter_async_context(heeding_erasures(link, cache))
+        await stack.enter_async_context(heeding_erasures(link, cache, prefixes))
     return EmbeddingReader(cache, store, vision)
+
+
+def _step_limits(settings: LlmSettings) -> StepLimits:
+    tokens, seconds = max(settings.max_batch_tokens, settings.max_sequences), settings.max_step_seconds
+    return StepLimits(tokens, seconds, 2.5 * seconds)
 
 
 def _load_settings(settings: LlmSettings) -> LoadSettings:

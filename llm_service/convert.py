@@ -7,8 +7,9 @@ from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from llm_service.answerer import Event, Finished, GenerationOptions, Started
 from llm_service.candidate import CandidateResult, Delta, TokenLogprob, ToolCall
-from llm_service.embeddings import FetchedEmbedding, FetchTier
-from llm_service.engine.sequence import FinishReason, SamplingParams
+from llm_service.embeddings import FetchTier
+from llm_service.engine.sequence import FinishReason, Priority, SamplingParams
+from llm_service.fetcher import Transfer
 from llm_service.prompt.dialogue import (
     Dialogue,
     EmbeddingRef,
@@ -41,6 +42,7 @@ _TIERS = {
     FetchTier.LOCAL: embedding_pb2.CACHE_TIER_LOCAL,
     FetchTier.STORE: embedding_pb2.CACHE_TIER_STORE,
     FetchTier.VISION: embedding_pb2.CACHE_TIER_VISION,
+    FetchTier.PREFIX: embedding_pb2.CACHE_TIER_PREFIX,
 }
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -62,6 +64,11 @@ def dialogue_of(prompt: pb.Prompt, signer: HandleSigner, *, grounding: bool = Fa
     system_message = prompt.system_message if prompt.HasField("system_message") else None
     tools = tuple(Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in prompt.tools)
     return Dialogue(turns, system_message, tools, grounding)
+
+
+def priority_of(request: pb.GenerateRequest) -> Priority:
+    """Return whose turn it is; what is not known is a person's."""
+    return Priority.BACKGROUND if request.priority == generation_pb2.PRIORITY_BACKGROUND else Priority.INTERACTIVE
 
 
 def options_of(
@@ -240,6 +247,7 @@ def _finished_of(event: Finished, prompt: PromptTokens) -> pb.GenerateFinished:
         usage=generation_pb2.TokenUsage(
             prompt_token_count=len(prompt.ids),
             visual_token_count=prompt.num_visual_tokens,
+            cached_token_count=event.num_cached,
             output_token_count=event.num_output_tokens,
         ),
         queue_duration=duration_of(event.queue_s),
@@ -269,7 +277,7 @@ def _logprob_of(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
     )
 
 
-def _transfer_of(fetched: FetchedEmbedding) -> pb.EmbeddingTransfer:
+def _transfer_of(transfer: Transfer) -> pb.EmbeddingTransfer:
     return pb.EmbeddingTransfer(
-        digest=fetched.embedding.digest, cache_tier=_TIERS[fetched.tier], duration=duration_of(fetched.duration_s)
+        digest=transfer.digest, cache_tier=_TIERS[transfer.tier], duration=duration_of(transfer.duration_s)
     )

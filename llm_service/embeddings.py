@@ -38,6 +38,7 @@ class FetchTier(Enum):
     LOCAL = "local"
     STORE = "store"
     VISION = "vision"
+    PREFIX = "prefix"  # not at all: its keys and values were in the KV cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,12 @@ _ENGINE: Final[tuple[Reading[EngineStats], ...]] = (
         "Blocks of the KV cache that sequences have",
         lambda s: s.num_blocks - s.num_free_blocks,
     ),
+    Reading(
+        "internvl_llm_kv_kept_blocks",
+        "gauge",
+        "Blocks of the KV cache that no sequence has, kept for prompts that begin alike",
+        lambda s: s.num_kept_blocks,
+    ),
     Reading("internvl_llm_kv_blocks", "gauge", "Blocks of the KV cache, used or not", lambda s: s.num_blocks),
     Reading(
         "internvl_llm_preemptions_total",
@@ -100,6 +106,12 @@ _ENGINE: Final[tuple[Reading[EngineStats], ...]] = (
         "counter",
         "Tokens that were read, those read again after a preemption included",
         lambda s: s.num_prefilled_tokens,
+    ),
+    Reading(
+        "internvl_llm_cached_tokens_total",
+        "counter",
+        "Tokens of prompts whose keys and values were kept from earlier ones",
+        lambda s: s.num_cached_tokens,
     ),
     Reading(
         "internvl_llm_decoded_tokens_total", "counter", "Tokens that were generated", lambda s: s.num_decoded_tokens

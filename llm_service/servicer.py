@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
@@ -26,6 +27,7 @@ class LlmServicer(llm_service_pb2_grpc.LlmServiceServicer):
         options = convert.options_of(
             request.generation_config, self._default_output_tokens, answerer.facts.stop_token_ids
         )
+        options = replace(options, priority=convert.priority_of(request))
         async with aclosing(answerer.answer(dialogue, options)) as events:
             async for event in events:
                 if isinstance(event, Started):

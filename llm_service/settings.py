@@ -39,7 +39,13 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
         0, ge=0, description="most tokens of prompt and answer together; 0 takes the checkpoint's limit"
     )
     max_sequences: int = Field(64, ge=1, description="sequences in one step")
-    max_batch_tokens: int = Field(512, ge=64, description="tokens in one step; longer prompts are read in chunks")
+    max_batch_tokens: int = Field(2048, ge=64, description="tokens in one step; longer prompts are read in chunks")
+    max_step_seconds: float = Field(
+        0.2,
+        gt=0,
+        description="how long a step may take while answers are streamed, or 2.5 times that while none is: on slow "
+        "machines the chunks of prompts are smaller than max_batch_tokens, so that no stream stands still for longer",
+    )
     max_open_requests: int = Field(2048, ge=1, description="requests at a time; more are refused with QUEUE_FULL")
     max_embedding_bytes: int = Field(
         2 << 30, ge=1, description="memory for the embeddings of answers in progress; more wait for it"

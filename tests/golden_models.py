@@ -1,7 +1,7 @@
 """The golden checkpoints as models: the real tower and the real decoder in float32, fed with the golden ids."""
 
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -9,14 +9,16 @@ import torch
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.model_runner import ModelRunner
+from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, SamplingParams
 from llm_service.model.attention import BatchLayout, KVCache, Span
 from llm_service.model.decoder import Decoder
 from llm_service.model.loader import LoadSettings, load_decoder
-from llm_service.model.rope import Rope
+from llm_service.model.rope import Rope, rotation_of
 from llm_service.prompt.dialogue import EmbeddingRef
 from llm_service.prompt.splice import PlaceholderRange, PromptTokens
 from shared.checkpoint import Checkpoint, read_config
+from shared.digest import digest_of_fields
 from tests.golden_cases import GOLDEN, GoldenImage, GoldenTurn, header
 from vision_service.model.loader import load_tower
 from vision_service.model.tower import TowerConfig, VisionTower
@@ -56,14 +58,16 @@ class GoldenModel:
 
     def request(self, case: GoldenTurn) -> EngineRequest:
         """Return what the engine is asked in a case: the golden ids, pictures at the context tokens in order."""
-        embeddings = tuple(self.embedding(image) for group in case.groups for image in group)
+        images = [image for group in case.groups for image in group]
+        embeddings = tuple(map(self.embedding, images))
         context_id = self.header["img_context_token_id"]
         places = iter([place for place, token in enumerate(case.input_ids) if token == context_id])
         placeholders = []
-        for embedding in embeddings:
+        for image, embedding in zip(images, embeddings, strict=True):
             own = [next(places) for _ in range(len(embedding))]
             assert own == list(range(own[0], own[0] + len(own)))
-            ref = EmbeddingRef("", 1, len(embedding), embedding.shape[1], "float32", "")
+            digest = digest_of_fields(image.name, image.content, image.max_tiles)
+            ref = EmbeddingRef(digest, 1, len(embedding), embedding.shape[1], "float32", "")
             placeholders.append(PlaceholderRange(own[0], len(embedding), ref))
         assert not embeddings or next(places, None) is None
         params = SamplingParams(
@@ -77,11 +81,12 @@ class GoldenModel:
         """Return float32 logits [tokens, vocab] of a prompt, without the engine."""
         return prompt_logits(self.decoder, request.prompt, request.embeddings)
 
-    def engine(self) -> PagedEngine:
+    def engine(self, num_blocks: int = NUM_BLOCKS, max_sequences: int = 64, step_tokens: int = 2048) -> PagedEngine:
         """Return an engine over the decoder, not yet started."""
-        cache = KVCache(self.decoder.config, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
-        limits = EngineLimits(max_sequences=64, max_batch_tokens=2048, max_tokens=NUM_BLOCKS * BLOCK_SIZE)
-        return PagedEngine(ModelRunner(self.decoder, cache), BlockManager(NUM_BLOCKS, BLOCK_SIZE), limits)
+        cache = KVCache(self.decoder.config, num_blocks, BLOCK_SIZE, torch.float32, CPU)
+        limits = EngineLimits(max_sequences, StepLimits(step_tokens), max_tokens=num_blocks * BLOCK_SIZE)
+        runner, blocks = ModelRunner(self.decoder, cache), BlockManager(num_blocks, BLOCK_SIZE)
+        return PagedEngine(runner, blocks, limits, partial(rotation_of, self.decoder.config.rope))
 
 
 @torch.inference_mode()

@@ -8,16 +8,20 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
 import structlog
+import torch
 
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.model_runner import SampledToken
+from llm_service.engine.pace import Pace, StepLimits
+from llm_service.engine.prefix import PrefixKeys, RotationOf, always_plain
 from llm_service.engine.scheduler import ScheduledTokens, Scheduler
 from llm_service.engine.sequence import (
     EngineRequest,
@@ -26,9 +30,10 @@ from llm_service.engine.sequence import (
     ProbeOutput,
     Sequence,
     TokenOutput,
+    Wanted,
     candidates_of,
 )
-from shared.errors import InternalError, PromptTooLong, ServiceError
+from shared.errors import DeadlineExceeded, InternalError, PromptTooLong, QueueFull, ServiceError
 from shared.rpc.deadline import request_id
 
 log = structlog.get_logger()
@@ -39,7 +44,8 @@ _Delivery = tuple[Sequence, Output]
 class EngineStats:
     """A moment of the engine, and what it has done until then.
 
-    Prefilled are tokens that were read, those read again after a preemption included; decoded, those generated.
+    Prefilled are tokens that were read, those read again after a preemption included; cached, tokens of prompts that
+    were in the KV cache and not read; decoded, those generated. Kept blocks are free, but hold what may be asked for.
     """
 
     num_running: int
@@ -49,14 +55,16 @@ class EngineStats:
     num_preemptions: int = 0
     num_prefilled_tokens: int = 0
     num_decoded_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_kept_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """How much the engine takes on: sequences and tokens per step, tokens per sequence."""
+    """How much the engine takes on: sequences, the size of a step, tokens per sequence."""
 
     max_sequences: int
-    max_batch_tokens: int
+    step: StepLimits
     max_tokens: int
 
 
@@ -71,12 +79,16 @@ class Engine(Protocol):
         """Yield the output tokens as they come. Closing the iterator aborts all candidates and frees their blocks.
 
         A candidate that the caller adds to `ended` after its first token is aborted; the others go on, even if it
-        fails meanwhile. Raises `PromptTooLong` where the prompt leaves no room for a token, `InternalError` where the
-        computation of one of the request's own sequences failed, and what its constraint raises.
+        fails meanwhile. Raises `PromptTooLong` where the prompt leaves no room for a token, `DeadlineExceeded` or
+        `QueueFull` where its first token cannot come in time, even or only without those ahead of it, `InternalError`
+        where the computation of one of the request's own sequences failed, and what its constraint and fetch raise.
         """
 
     async def probe(self, request: EngineRequest) -> ProbeOutput:
         """Read the prompt and return what the request's probe finds in it; nothing is generated. Raises likewise."""
+
+    def forget(self) -> None:
+        """Forget all that is kept for prompts to come, from the next step on."""
 
     def stats(self) -> EngineStats:
         """Return the state after the last step; from any thread."""
@@ -95,12 +107,19 @@ class StepRunner(Protocol):
 class PagedEngine:
     """The built-in engine: continuous batching over a paged KV cache."""
 
-    def __init__(self, runner: StepRunner, blocks: BlockManager, limits: EngineLimits) -> None:
+    def __init__(
+        self, runner: StepRunner, blocks: BlockManager, limits: EngineLimits, rotation_of: RotationOf = always_plain
+    ) -> None:
+        assert limits.step.max_tokens >= limits.max_sequences
         self._runner = runner
         self._blocks = blocks
-        self._scheduler = Scheduler(blocks, limits.max_sequences, limits.max_batch_tokens, runner.copy_block)
+        self._pace = Pace(limits.step)
+        keys = PrefixKeys(blocks.block_size, rotation_of)
+        self._scheduler = Scheduler(
+            blocks, keys, self._pace, limits.max_sequences, runner.copy_block, self._want_embeddings
+        )
         self._max_tokens = min(limits.max_tokens, blocks.num_blocks * blocks.block_size)
-        self._num_prefilled = self._num_decoded = 0
+        self._num_prefilled = self._num_decoded = self._num_cached = 0
         self._broken = False
         self._on_broken: Callable[[], object] = lambda: None
         self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()
@@ -131,7 +150,7 @@ class PagedEngine:
         running = dict(enumerate(family))
         try:
             while running:
-                output = await outputs.get()
+                output = await self._next(request, outputs)
                 assert not isinstance(output, ProbeOutput)
                 if output.candidate in running:  # not one that was on its way when its candidate was ended
                     if isinstance(output, Failure):
@@ -148,7 +167,7 @@ class PagedEngine:
         """Return what the request's probe finds; see `Engine`."""
         family, outputs = self._submit(request)
         try:
-            output = await outputs.get()
+            output = await self._next(request, outputs)
         finally:
             self._abort(*family)
         if isinstance(output, Failure):
@@ -166,13 +185,28 @@ class PagedEngine:
             self._scheduler.num_preemptions,
             self._num_prefilled,
             self._num_decoded,
+            self._num_cached,
+            self._blocks.num_kept,
         )
+
+    def forget(self) -> None:
+        """Forget all that is kept for prompts to come; see `Engine`."""
+        self._post(self._blocks.forget)
 
     def _submit(self, request: EngineRequest) -> tuple[tuple[Sequence, ...], asyncio.Queue[Output]]:
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         family = candidates_of(self._checked(request), outputs.put_nowait, time.monotonic(), request_id())
-        self._post(lambda: self._scheduler.add(family[0]))
+        self._post(lambda: self._add(family[0]))
         return family, outputs
+
+    async def _next(
+        self, request: EngineRequest, outputs: asyncio.Queue[Output]
+    ) -> TokenOutput | ProbeOutput | Failure:
+        """Return what comes next, having fetched the embeddings that are wanted before."""
+        while isinstance(output := await outputs.get(), Wanted):
+            assert request.fetch is not None
+            self._post(partial(_provide, output.seq, await request.fetch(output.placeholders)))
+        return output
 
     def _abort(self, *family: Sequence) -> None:
         """Forget sequences; nothing, where they have finished."""
@@ -213,6 +247,23 @@ class PagedEngine:
             self._call_loop(self._on_broken)
             self._refuse_everything()
 
+    def _add(self, seq: Sequence) -> None:
+        """Queue a sequence, unless its first token cannot be there in time, even twice as fast as steps have been."""
+        if (deadline := seq.request.deadline) is not None:
+            left_s = deadline - time.monotonic()
+            if self._pace.seconds_for(self._scheduler.tokens_alone(seq)) > 2 * left_s:
+                self._deliver([(seq, Failure(DeadlineExceeded("The prompt cannot be read before the deadline.")))])
+                return
+            queue_s = self._pace.seconds_for(self._scheduler.tokens_until(seq))
+            if queue_s > 2 * left_s:
+                full = QueueFull("What waits already takes until after the deadline.", retry_after_s=queue_s)
+                self._deliver([(seq, Failure(full))])
+                return
+        self._scheduler.add(seq)
+
+    def _want_embeddings(self, seq: Sequence, placeholders: tuple[int, ...]) -> None:
+        self._deliver([(seq, Wanted(seq, placeholders))])
+
     def _refuse_everything(self) -> None:
         """Fail what is there and whatever was posted before its sender could know."""
         while not self._stopping:
@@ -232,7 +283,9 @@ class PagedEngine:
         for tokens in batch:
             tokens.seq.start_time = tokens.seq.start_time or now
         try:
-            return self._advance(batch, self._runner.step(batch))
+            sampled = self._runner.step(batch)
+            self._pace.note(sum(tokens.count for tokens in batch), time.monotonic() - now)
+            return self._advance(batch, sampled)
         except Exception as error:  # whatever a model raises is one sequence's failure
             if len(batch) > 1:
                 log.warning("step_failed", error=type(error).__name__, sequences=len(batch))
@@ -247,7 +300,7 @@ class PagedEngine:
         probed = [tokens.seq for tokens in batch if tokens.seq.request.probe and tokens.completes]
         self._num_prefilled += sum(tokens.count for tokens in batch if not tokens.seq.is_answering)
         for tokens in batch:
-            tokens.seq.num_computed += tokens.count
+            self._scheduler.computed(tokens.seq, tokens.count)
         for seq in chosen:
             if seq.forks:
                 self._scheduler.fork(seq)
@@ -262,11 +315,23 @@ class PagedEngine:
         if seq.constraint is not None:
             seq.constraint.accept(sampled.token_id)
         reason = seq.finish_reason()
-        queue_s, prefill_s = self._first_token_timing(seq) if seq.first_token_time is None else (None, None)
+        queue_s = prefill_s = num_cached = None
+        if seq.first_token_time is None:
+            queue_s, prefill_s = self._first_token_timing(seq)
+            seq.drop_embeddings()
+            num_cached = seq.num_cached
+            self._num_cached += num_cached or 0
         if reason is not None:
             self._scheduler.remove(seq)
         return seq, TokenOutput(
-            sampled.token_id, reason, sampled.top_logprobs, queue_s, prefill_s, sampled.logprob, seq.candidate
+            sampled.token_id,
+            reason,
+            sampled.top_logprobs,
+            queue_s,
+            prefill_s,
+            sampled.logprob,
+            seq.candidate,
+            num_cached,
         )
 
     def _probed(self, seq: Sequence) -> _Delivery:
@@ -302,3 +367,10 @@ class PagedEngine:
     def _call_loop(self, callback: Callable[[], object]) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(callback)
+
+
+def _provide(seq: Sequence, embeddings: Mapping[int, torch.Tensor]) -> None:
+    """Give a sequence what it waits for."""
+    for index, embedding in embeddings.items():
+        seq.embeddings[index] = embedding
+    seq.is_fetching = False

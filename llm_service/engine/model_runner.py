@@ -109,7 +109,7 @@ class ModelRunner:
 def splice_embeddings(hidden: torch.Tensor, seq: Sequence, start: int) -> None:
     """Overwrite rows of `hidden` [tokens, hidden], which begin at position `start`, with the visual tokens there."""
     end = start + hidden.shape[0]
-    for placeholder, embedding in zip(seq.request.prompt.placeholders, seq.request.embeddings, strict=True):
+    for placeholder, embedding in zip(seq.request.prompt.placeholders, seq.embeddings, strict=True):
         first = max(start, placeholder.start)
         last = min(end, placeholder.start + placeholder.length)
         if first < last:

@@ -1,9 +1,9 @@
 """One prompt and its output inside the engine, and what the engine is asked and answers."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Protocol
 
 import torch
@@ -19,6 +19,17 @@ class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"  # never the engine's: whoever reads the text sees the calls
+
+
+class Priority(IntEnum):
+    """Whose turn it is where not everybody's can be: the lower number's."""
+
+    INTERACTIVE = 0  # somebody waits for every token
+    BACKGROUND = 1
+
+
+# Brings the embeddings of placeholders, given by index, one tensor [length, hidden] each.
+Fetch = Callable[[tuple[int, ...]], Awaitable[Mapping[int, torch.Tensor]]]
 
 
 class Constraint(Protocol):
@@ -69,9 +80,12 @@ class Probe:
 class EngineRequest:
     """A prompt with its embeddings, one tensor [length, hidden] per placeholder, in the model's dtype, on the CPU.
 
-    `generated` are output tokens that are already known: decoding goes on behind them. `num_candidates` answers come
-    of one reading of the prompt. `positions`, float32 [prompt tokens] on the CPU, are where the prompt's tokens stand
-    for the rotary embedding, which is then never stretched; None: 0, 1, 2 and so on.
+    Instead of `embeddings` there may be `fetch`: it is awaited on the event loop for those that the KV cache lacks,
+    rarely more than once, and not before the last tensors it brought are needed no more. `generated` are output tokens
+    that are already known: decoding goes on behind them. `num_candidates` answers come of one reading of the prompt.
+    `positions`, float32 [prompt tokens] on the CPU, are where the prompt's tokens stand for the rotary embedding, which
+    is then never stretched; None: 0, 1, 2 and so on. `deadline`, of the monotonic clock, is when nobody waits for the
+    first token any more.
     """
 
     prompt: PromptTokens
@@ -82,11 +96,16 @@ class EngineRequest:
     constraint: Constraint | None = None
     positions: torch.Tensor | None = None
     probe: Probe | None = None
+    fetch: Fetch | None = None
+    priority: Priority = Priority.INTERACTIVE
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One generated token. `finish_reason` is set on a candidate's last; `queue_s` and `prefill_s` on its first.
+
+    So is `num_cached`: how many of the prompt's tokens were in the KV cache when the engine began to read it.
 
     `logprob` and `top_logprobs`, likeliest first, are natural logarithms of the model's own probabilities: before
     penalty, constraint, temperature and truncation. None and empty where they were not asked for.
@@ -99,6 +118,7 @@ class TokenOutput:
     prefill_s: float | None = None
     logprob: float | None = None
     candidate: int = 0
+    num_cached: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +136,26 @@ class Failure:
     candidate: int = 0
 
 
-Output = TokenOutput | ProbeOutput | Failure
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A sequence cannot go on before it gets the embeddings of these placeholders."""
+
+    seq: "Sequence"
+    placeholders: tuple[int, ...]
+
+
+Output = TokenOutput | ProbeOutput | Failure | Wanted
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The engine's own state of a request's candidate. Belongs to the model thread, but for `deliver`.
 
-    The first `num_computed` of `token_ids` have their keys and values in the cache, in the blocks of `block_table`.
-    `forks` are the other candidates, for as long as they wait for this one to read the prompt; `family` are all
-    candidates, this one included.
+    The first `num_computed` of `token_ids` have their keys and values in the cache, in the blocks of `block_table`;
+    `num_cached` of those were there before it came. `block_keys` name what is in full blocks, as far as anybody asked.
+    `embeddings` are those of the placeholders, None where they are not at hand; while it waits for some it
+    `is_fetching`. `forks` are the other candidates, for as long as they wait for this one to read the prompt; `family`
+    are all candidates, this one included.
     """
 
     request: EngineRequest
@@ -136,6 +166,10 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_cached: int | None = None
+    embeddings: list[torch.Tensor | None] = field(init=False)
+    is_fetching: bool = False
     seed: int = field(init=False)
     constraint: Constraint | None = field(init=False)
     forks: list["Sequence"] = field(default_factory=list)
@@ -147,6 +181,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt.ids, *self.request.generated]
+        self.drop_embeddings()
         seed = self.request.params.seed
         self.seed = _candidate_seed(secrets.randbits(64) if seed is None else seed, self.candidate)
         self.constraint = self.request.constraint.copy() if self.request.constraint else None
@@ -180,6 +215,26 @@ class Sequence:
     def is_answering(self) -> bool:
         """Whether that one token is the answer's latest, and not the rest of a prompt."""
         return self.is_decoding and self.first_token_time is not None
+
+    @property
+    def num_reusable(self) -> int:
+        """The most tokens that may be taken from the cache: what has to be computed for an answer is the rest."""
+        probe = self.request.probe
+        return min(probe.positions) if probe else len(self.token_ids) - 1
+
+    def lacks(self, num_computed: int) -> tuple[int, ...]:
+        """Return the placeholders whose embeddings would have to be fetched if so many tokens were in the cache."""
+        places = zip(self.request.prompt.placeholders, self.embeddings, strict=True)
+        return tuple(
+            index
+            for index, (place, embedding) in enumerate(places)
+            if embedding is None and place.start + place.length > num_computed
+        )
+
+    def drop_embeddings(self) -> None:
+        """Let go of what was fetched."""
+        given = self.request.embeddings
+        self.embeddings = [None] * len(self.request.prompt.placeholders) if self.request.fetch else list(given)
 
     def finish_reason(self) -> FinishReason | None:
         """Return why the sequence ends with its last token, if it does."""

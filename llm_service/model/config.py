@@ -25,6 +25,11 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
 
     @property
+    def plain_limit(self) -> int:
+        """The longest sequence that is rotated as a short one, where length matters at all."""
+        return self.max_positions if self.kind == "dynamic" else self.original_max_positions
+
+    @property
     def amplitude(self) -> float:
         """What cos and sin are multiplied by."""
         if self.kind != "longrope" or self.max_positions <= self.original_max_positions:

@@ -63,3 +63,10 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Rotate states [tokens, heads, head_dim] by cos and sin [tokens, head_dim] of the same dtype."""
     first, second = states.chunk(2, dim=-1)
     return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def rotation_of(config: RopeConfig, length: int) -> int:
+    """Return a number that is the same for prompts of all lengths that are rotated alike; 0 is the plain rotation."""
+    if config.kind == "default" or length <= config.plain_limit:
+        return 0
+    return 1 if config.kind == "longrope" else length

@@ -47,6 +47,7 @@ class FakeChat:
         self.asked: list[str] = []
         self.ids: list[str] = []
         self.deadlines: set[float | None] = set()
+        self.in_background: set[bool] = set()
         self.errors: dict[str, list[Exception]] = {}
         self.hold: asyncio.Event | None = None
         self.running = self.most_running = self.cancelled = 0
@@ -56,6 +57,7 @@ class FakeChat:
         self.asked.append(question)
         self.ids.append(request_id())
         self.deadlines.add(remaining_s())
+        self.in_background.add(request.in_background)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -223,7 +225,7 @@ async def test_a_batch_goes_on_without_its_caller(make: Make) -> None:
     reader.cancel()
     chat.hold.set()
     assert len(await results_of(batches, created[0])) == 2
-    assert (chat.cancelled, chat.deadlines) == (0, {None})
+    assert (chat.cancelled, chat.deadlines, chat.in_background) == (0, {None}, {True})
     assert sorted(chat.ids) == ["call-1.0", "call-1.1"]
 
 

@@ -9,13 +9,14 @@ from llm_service.engine import sequence
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.model_runner import SampledToken
+from llm_service.engine.pace import StepLimits
 from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import EngineRequest, SamplingParams
 from llm_service.prompt.dialogue import EmbeddingRef
 from llm_service.prompt.splice import PromptTokens
 
 VOCABULARY = 1000
-LIMITS = EngineLimits(max_sequences=8, max_batch_tokens=32, max_tokens=200)
+LIMITS = EngineLimits(max_sequences=8, step=StepLimits(32), max_tokens=200)
 
 
 def next_token(token_ids: Sequence[int]) -> int:
@@ -33,6 +34,8 @@ def continuation(prompt: Sequence[int], count: int, candidate: int = 0) -> list[
 
 class FakeRunner:
     """A model without weights, whose cache holds the tokens themselves: a block is what it was written with.
+
+    Where a token stands for a row of an embedding it is the row's one number.
 
     `poison` fails a batch that holds a sequence whose prompt begins with that token. Logits are no numbers where a
     prompt begins with `nan`, and for the token behind so many output tokens of a candidate (`nan_candidate`, count).
@@ -72,7 +75,7 @@ class FakeRunner:
     def _write(self, tokens: ScheduledTokens) -> None:
         seq = tokens.seq
         for index in range(seq.num_computed, seq.num_computed + tokens.count):
-            self.cache[seq.block_table[index // self.block_size], index % self.block_size] = seq.token_ids[index]
+            self.cache[seq.block_table[index // self.block_size], index % self.block_size] = _token_at(seq, index)
         if probe := seq.request.probe:
             known = self._read(seq, seq.num_computed + tokens.count)
             for position in probe.positions:
@@ -90,6 +93,14 @@ class FakeRunner:
             return SampledToken(None)
         known = self._read(tokens.seq, tokens.seq.num_computed + tokens.count)
         return SampledToken((next_token(known) + 17 * seq.candidate) % VOCABULARY)
+
+
+def _token_at(seq: sequence.Sequence, index: int) -> int:
+    for place, embedding in zip(seq.request.prompt.placeholders, seq.embeddings, strict=True):
+        if place.start <= index < place.start + place.length:
+            assert embedding is not None, "computed without its embedding"
+            return int(embedding[index - place.start])
+    return seq.token_ids[index]
 
 
 def request(

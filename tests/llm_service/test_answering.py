@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm_service.answerer import Started
+from llm_service.embeddings import FetchTier
 from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import EngineRequest, FinishReason, SamplingParams, Sequence
 from llm_service.prompt.dialogue import Dialogue, Role, TextSegment, Tool, Turn, VisualSegment
@@ -262,6 +263,36 @@ async def test_the_frames_of_one_embedding_say_what_pictures_of_their_own_say(ca
     assert len(said.finished.transfers) == 1
 
 
+PICTURE_CASES = [case for case in turns(CHECKPOINT) if case.groups and "num_beams" not in case.config]
+
+
+@pytest.mark.parametrize("case", PICTURE_CASES, ids=[case.name for case in PICTURE_CASES])
+async def test_what_is_kept_of_a_prompt_changes_nothing_in_the_answer(case: Any) -> None:
+    async with asking() as system:
+        penalty = case.config.get("repetition_penalty", 1.0)
+        options = system.options(case.config["max_new_tokens"], repetition_penalty=penalty)
+        dialogue = system.media.dialogue(case)
+        first = await system.ask(dialogue, options)
+        again = await system.ask(dialogue, options)
+    assert first.ids == again.ids == [case.output_ids]
+    assert (first.finished.num_cached, again.finished.num_cached) == (0, (len(case.input_ids) - 1) // 16 * 16)
+
+
+async def test_the_next_turn_on_a_picture_fetches_nothing() -> None:
+    image = GoldenImage("rgb_landscape.png", (GOLDEN / "images/rgb_landscape.png").read_bytes(), 1, 1)
+    async with asking() as system:
+        question = Turn(Role.USER, (VisualSegment((system.media.ref([image]),)), TextSegment("What is this?")))
+        said = await system.ask(Dialogue((question,)), system.options(8))
+        assert [transfer.tier for transfer in said.finished.transfers] == [FetchTier.VISION]
+        answer = Turn(Role.ASSISTANT, (TextSegment(said.texts[0]),))
+        second = Dialogue((question, answer, Turn(Role.USER, (TextSegment("And now?"),))))
+        system.media.fetched.clear()
+        said = await system.ask(second, system.options(8))
+    assert system.media.fetched == []
+    assert [transfer.tier for transfer in said.finished.transfers] == [FetchTier.PREFIX]
+    assert said.finished.num_cached > image.num_tiles
+
+
 def test_there_are_video_cases() -> None:
     assert VIDEO_CASES
 
@@ -326,8 +357,9 @@ async def test_a_stride_reaches_the_engine() -> None:
             await system.ask(asked, system.options(**given, top_logprobs=1, tells_logprobs=True))
             for given in ({}, {"visual_stride": 256}, {"visual_stride": 1})
         ]
-    assert explicit.logprobs == ordinary.logprobs
-    assert near.logprobs[0][0].logprob != ordinary.logprobs[0][0].logprob
+    assert explicit.ids == ordinary.ids
+    assert explicit.logprobs[0][0].logprob == pytest.approx(ordinary.logprobs[0][0].logprob, abs=1e-4)
+    assert near.logprobs[0][0].logprob != pytest.approx(ordinary.logprobs[0][0].logprob, abs=1e-3)
 
 
 async def test_candidates_count_as_answers() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
+from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, FinishReason, Probe, SamplingParams, candidates_of
 from llm_service.prompt.splice import PromptTokens
 from shared.errors import InternalError
@@ -75,7 +76,7 @@ def test_a_fork_without_room_changes_nothing() -> None:
 async def test_whatever_is_batched_and_preempted_each_candidate_says_what_it_says_alone(
     asked: list[tuple[list[int], int]], outputs: int, num_blocks: int, max_sequences: int
 ) -> None:
-    limits = EngineLimits(max_sequences=max_sequences, max_batch_tokens=8, max_tokens=64)
+    limits = EngineLimits(max_sequences=max_sequences, step=StepLimits(8), max_tokens=64)
     async with running(FakeRunner(), num_blocks, limits) as engine:
         said = await asyncio.gather(
             *(answers(engine, request(prompt, outputs, num_candidates=count)) for prompt, count in asked)
@@ -85,7 +86,7 @@ async def test_whatever_is_batched_and_preempted_each_candidate_says_what_it_say
 
 async def test_preempted_candidates_come_back_by_what_a_running_one_still_has() -> None:
     runner, prompt = FakeRunner(), list(range(40))
-    limits = EngineLimits(max_sequences=8, max_batch_tokens=64, max_tokens=64)
+    limits = EngineLimits(max_sequences=8, step=StepLimits(64), max_tokens=64)
     async with running(runner, 20, limits) as engine:
         assert await answers(engine, request(prompt, 20, num_candidates=5)) == expected(prompt, 20, 5)
     counts = [count for batch in runner.batches for count in batch]
@@ -172,7 +173,7 @@ async def test_a_failing_request_fails_with_all_its_candidates_and_alone() -> No
     num_blocks=st.integers(16, 40),
 )
 async def test_probes_read_every_position_once_beside_answers(prompts: list[list[int]], num_blocks: int) -> None:
-    limits = EngineLimits(max_sequences=3, max_batch_tokens=8, max_tokens=64)
+    limits = EngineLimits(max_sequences=3, step=StepLimits(8), max_tokens=64)
 
     async def probed(engine: PagedEngine, prompt: list[int]) -> tuple[tuple[float, ...], ...]:
         probe = Probe(tuple(range(len(prompt))), (1, 2))

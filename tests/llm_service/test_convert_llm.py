@@ -5,9 +5,13 @@ import math
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from gateway.events import GenerateRequest
+from gateway.prompt import Prompt
+from gateway.stage_messages import generate_request
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2 as pb
 from llm_service import convert
+from llm_service.engine.sequence import Priority
 from llm_service.prompt.dialogue import Role, TextSegment, Tool, ToolCallSegment
 from shared.embedding import EmbeddingKey
 from shared.errors import EmbeddingHandleInvalid, EmbeddingNotFound, InvalidGenerationConfig, InvalidRequest
@@ -124,6 +128,13 @@ def test_log_probabilities_are_computed_where_they_are_needed(
     parsed = convert.options_of(generation_pb2.GenerationConfig(**fields), 100, STOP_IDS)  # type: ignore[arg-type]
     assert parsed.sampling.top_logprobs == computed
     assert parsed.tells_logprobs is told
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_gateway_says_whether_somebody_waits(*, in_background: bool) -> None:
+    asked = generate_request(GenerateRequest(Prompt(None, ()), in_background=in_background))
+    assert convert.priority_of(asked) is (Priority.BACKGROUND if in_background else Priority.INTERACTIVE)
+    assert convert.priority_of(pb.GenerateRequest()) is Priority.INTERACTIVE
 
 
 @pytest.mark.parametrize("stride", [1, 2, 128, 256])

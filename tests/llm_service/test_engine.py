@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
+from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, FinishReason, TokenOutput
 from shared.errors import InternalError, PromptTooLong
 from tests.llm_service.fakes_llm import LIMITS, FakeRunner, continuation, request, running
@@ -58,7 +59,7 @@ async def test_a_long_prompt_is_read_in_chunks_and_a_running_stream_gets_a_token
         runner.gate.set()
         assert await stream == continuation([9], 20)
         assert await long == continuation(range(100), 3)
-    assert max(sum(batch) for batch in runner.batches) <= LIMITS.max_batch_tokens
+    assert max(sum(batch) for batch in runner.batches) <= LIMITS.step.max_tokens
     chunked = [batch for batch in runner.batches if max(batch) > 1 and len(batch) > 1]
     assert chunked
     assert all(batch[0] == 1 for batch in chunked[1:]), "the decoding sequence comes first"
@@ -73,7 +74,7 @@ async def test_a_long_prompt_is_read_in_chunks_and_a_running_stream_gets_a_token
 async def test_whatever_is_batched_chunked_and_preempted_each_sequence_says_what_it_says_alone(
     prompts: list[list[int]], outputs: int, num_blocks: int
 ) -> None:
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=8, max_tokens=64)
+    limits = EngineLimits(max_sequences=4, step=StepLimits(8), max_tokens=64)
     async with running(FakeRunner(), num_blocks=num_blocks, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request(prompt, outputs)) for prompt in prompts))
     assert answers == [continuation(prompt, outputs) for prompt in prompts]
@@ -81,7 +82,7 @@ async def test_whatever_is_batched_chunked_and_preempted_each_sequence_says_what
 
 async def test_preemption_happens_and_changes_nothing() -> None:
     runner = FakeRunner()
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=64)
+    limits = EngineLimits(max_sequences=4, step=StepLimits(64), max_tokens=64)
     prompts = [[index] * 10 for index in range(1, 5)]
     async with running(runner, num_blocks=16, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request(prompt, 30)) for prompt in prompts))
@@ -90,7 +91,7 @@ async def test_preemption_happens_and_changes_nothing() -> None:
 
 
 async def test_output_is_cut_to_what_the_context_leaves() -> None:
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=20)
+    limits = EngineLimits(max_sequences=4, step=StepLimits(64), max_tokens=20)
     async with running(FakeRunner(), limits=limits) as engine:
         outputs = await collect(engine, request([1] * 15, 1000))
     assert len(outputs) == 5

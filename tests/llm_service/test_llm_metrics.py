@@ -8,6 +8,7 @@ import pytest
 
 from llm_service.candidate import Delta
 from llm_service.engine.engine import EngineLimits, EngineStats
+from llm_service.engine.pace import StepLimits
 from llm_service.metrics import LlmMetrics
 from shared.prometheus import PrometheusRegistry
 from tests.golden_cases import turns
@@ -50,7 +51,7 @@ async def test_candidates_share_the_reading_of_their_prompt() -> None:
 
 
 async def test_what_is_read_again_after_a_preemption_counts_again() -> None:
-    limits = EngineLimits(max_sequences=4, max_batch_tokens=64, max_tokens=64)
+    limits = EngineLimits(max_sequences=4, step=StepLimits(64), max_tokens=64)
     async with running(FakeRunner(), num_blocks=16, limits=limits) as engine:
         answers = await asyncio.gather(*(ids_of(engine, request([index] * 10, 30)) for index in range(1, 5)))
         stats = engine.stats()
@@ -63,14 +64,16 @@ def test_the_engine_is_read_when_somebody_asks() -> None:
     registry = PrometheusRegistry()
     metrics = LlmMetrics.declared(registry)
     assert registry.value("internvl_llm_kv_blocks") is None, "no model, no cache"
-    metrics.engine.connect(lambda: EngineStats(3, 2, 10, 64, 5, 700, 80))
+    metrics.engine.connect(lambda: EngineStats(3, 2, 10, 64, 5, 700, 80, 600, 7))
     values = {
         "running_sequences": 3,
         "waiting_sequences": 2,
         "kv_used_blocks": 54,
+        "kv_kept_blocks": 7,
         "kv_blocks": 64,
         "preemptions_total": 5,
         "prefilled_tokens_total": 700,
+        "cached_tokens_total": 600,
         "decoded_tokens_total": 80,
     }
     assert {name: registry.value(f"internvl_llm_{name}") for name in values} == values
@@ -114,6 +117,7 @@ async def test_embeddings_are_counted_by_where_they_came_from() -> None:
         refs = set(dialogue.embeddings)
         for _ in range(2):
             await system.ask(dialogue, system.options(1))
+            system.engine.forget()
     for tier, count in (("vision", len(refs)), ("local", len(refs)), ("store", 0)):
         assert registry.value("internvl_llm_embedding_fetch_seconds_count", tier=tier) == count
     size_bytes = sum(ref.token_count * ref.hidden_size * 4 for ref in refs)

@@ -13,7 +13,7 @@ from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import PagedEngine
 from llm_service.engine.sequence import EngineRequest
 from tests.golden_cases import ALL_CHECKPOINTS, GOLDEN, GoldenTurn, turns
-from tests.golden_models import GoldenModel, golden_model
+from tests.golden_models import BLOCK_SIZE, GoldenModel, golden_model
 
 LOGIT_TOLERANCE = 2e-4
 LONG_ROPE = ["internvl2-4b-tiny", "internvl2-8b-tiny"]
@@ -26,8 +26,8 @@ def drop_models() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def running(model: GoldenModel) -> AsyncIterator[PagedEngine]:
-    engine = model.engine()
+async def running(model: GoldenModel, **size: int) -> AsyncIterator[PagedEngine]:
+    engine = model.engine(**size)
     engine.start()
     try:
         yield engine
@@ -92,6 +92,20 @@ async def test_all_cases_at_once_say_what_they_say_alone(checkpoint: str) -> Non
     assert dict(zip([case.name for case in cases], answers, strict=True)) == {
         case.name: case.output_ids for case in cases
     }
+
+
+@pytest.mark.parametrize("checkpoint", ALL_CHECKPOINTS)
+async def test_chunks_preemption_and_what_is_kept_of_prompts_change_nothing(checkpoint: str) -> None:
+    model, cases = golden_model(checkpoint), turns(checkpoint)
+    longest = max(len(case.input_ids) + case.config["max_new_tokens"] for case in cases)
+    async with running(model, num_blocks=longest // BLOCK_SIZE + 2, max_sequences=8, step_tokens=24) as engine:
+        asked = [case for case in cases for _ in range(2)]
+        answers = await asyncio.gather(*(answer(engine, case, model.request(case)) for case in asked))
+        stats = engine.stats()
+    wrong = [(case.name, ids) for case, ids in zip(asked, answers, strict=True) if ids != case.output_ids]
+    assert not wrong
+    assert stats.num_preemptions > 0
+    assert stats.num_cached_tokens > 0
 
 
 @pytest.mark.parametrize("checkpoint", LONG_ROPE)

@@ -70,8 +70,14 @@ async def test_golden_text_cases_over_the_wire_all_at_once(tmp_path: Path) -> No
 async def test_an_embedding_comes_from_the_replica_that_the_handle_names(tmp_path: Path) -> None:
     async with running(tmp_path) as stub, vision() as (servicer, address):
         servicer.held.add("ab" * 32)
-        for tier in (embedding_pb2.CACHE_TIER_VISION, embedding_pb2.CACHE_TIER_LOCAL):
-            events = [event async for event in stub.Generate(request(picture_prompt(handle(address))))]
+        for system_message, tier in (
+            ("Be brief.", embedding_pb2.CACHE_TIER_VISION),
+            ("Be brief.", embedding_pb2.CACHE_TIER_PREFIX),
+            ("Take your time.", embedding_pb2.CACHE_TIER_LOCAL),
+        ):
+            asked = request(picture_prompt(handle(address)))
+            asked.prompt.system_message = system_message
+            events = [event async for event in stub.Generate(asked)]
             (transfer,) = events[-1].finished.transfers
             assert (transfer.digest, transfer.cache_tier) == ("ab" * 32, tier)
             assert events[-1].finished.usage.visual_token_count == TOKENS_PER_TILE

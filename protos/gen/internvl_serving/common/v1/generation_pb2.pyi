@@ -75,6 +75,30 @@ FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
 """The model asks for tools to be called."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """As `PRIORITY_INTERACTIVE`."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for every token."""
+    PRIORITY_BACKGROUND: _Priority.ValueType  # 2
+    """Nobody does: prompts are read when no others are to be read, and give up their memory first."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Whose turn it is where not everybody's can be."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""As `PRIORITY_INTERACTIVE`."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for every token."""
+PRIORITY_BACKGROUND: Priority.ValueType  # 2
+"""Nobody does: prompts are read when no others are to be read, and give up their memory first."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 @_typing.final
 class GenerationConfig(_message.Message):
     """How the answer is decoded. An absent field takes the default named beside it; zero is a value."""

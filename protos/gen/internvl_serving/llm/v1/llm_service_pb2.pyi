@@ -160,8 +160,11 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     GENERATION_CONFIG_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     return_token_ids: _builtins.bool
     """Whether token ids are returned beside the text."""
+    priority: _generation_pb2.Priority.ValueType
+    """Whether somebody waits for the answer."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The prompt."""
@@ -176,10 +179,11 @@ class GenerateRequest(_message.Message):
         prompt: Global___Prompt | None = ...,
         generation_config: _generation_pb2.GenerationConfig | None = ...,
         return_token_ids: _builtins.bool = ...,
+        priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_config", b"generation_config", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_config", b"generation_config", "prompt", b"prompt", "return_token_ids", b"return_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_config", b"generation_config", "priority", b"priority", "prompt", b"prompt", "return_token_ids", b"return_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
