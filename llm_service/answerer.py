@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import structlog
 import torch
 
 from llm_service.admission import Admission
-from llm_service.candidate import Candidate, CandidateResult, Delta
+from llm_service.candidate import Candidate, CandidateResult, Delta, joined
 from llm_service.embeddings import EmbeddingReader
 from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import Engine
@@ -107,8 +108,11 @@ class Answerer:
         engine: Engine,
         admission: Admission,
         metrics: LlmMetrics = UNOBSERVED,
+        interval_s: float = 0.0,
     ) -> None:
+        """`interval_s` is the least time between two deltas of one answer, but for the last."""
         self.facts = facts
+        self._interval_s = interval_s
         self._writer = writer
         self._schemas = schemas
         self._reader = reader
@@ -184,15 +188,28 @@ class Answerer:
         ended: set[int] = set()
         clock.begin()
         async with aclosing(self._engine.generate(request, ended)) as outputs:
-            async for output in outputs:
-                clock.note(output)
-                candidate = candidates[output.candidate]
-                yield candidate.push(output, is_text=_is_text(output.token_id, options))
-                if candidate.has_ended:
-                    ended.add(output.candidate)
-                    if rest := candidate.finish():
-                        yield rest
+            async for arrived in outputs:
+                said_at = time.monotonic()
+                clock.note(arrived[0])
+                for index, own in groupby(sorted(arrived, key=_candidate_of), key=_candidate_of):
+                    candidate = candidates[index]
+                    yield self._told(candidate, own, options)
+                    if candidate.has_ended:
+                        ended.add(index)
+                if len(ended) < len(candidates):
+                    await asyncio.sleep(said_at + self._interval_s - time.monotonic())
         yield clock.finished([candidate.result() for candidate in candidates])
+
+    def _told(self, candidate: Candidate, outputs: Iterable[TokenOutput], options: GenerationOptions) -> Delta:
+        """Return what tokens add, together, to what their candidate says; those behind its end add nothing."""
+        said = []
+        for output in outputs:
+            said.append(candidate.push(output, is_text=_is_text(output.token_id, options)))
+            if candidate.has_ended:
+                if rest := candidate.finish():
+                    said.append(rest)
+                break
+        return joined(said)
 
     async def _search(
         self, request: EngineRequest, options: GenerationOptions, dialogue: Dialogue, clock: "_Clock"
@@ -201,11 +218,8 @@ class Answerer:
         token_ids = await beam_search(self._engine, request, options.num_beams)
         reason = FinishReason.STOP if token_ids[-1] in options.sampling.stop_token_ids else FinishReason.LENGTH
         candidate = self._candidate(0, options, dialogue)
-        deltas = [
-            candidate.push(TokenOutput(token_id, reason), is_text=_is_text(token_id, options)) for token_id in token_ids
-        ]
-        rest = candidate.finish()
-        yield Delta("".join(delta.text for delta in (*deltas, rest) if delta), token_ids)
+        outputs = [*map(TokenOutput, token_ids[:-1]), TokenOutput(token_ids[-1], reason)]
+        yield self._told(candidate, outputs, options)
         yield clock.finished([candidate.result()])
 
     async def _constraint(self, options: GenerationOptions) -> Constraint | None:
@@ -261,6 +275,10 @@ class Answerer:
             raise PromptTooLong(
                 f"The prompt has {num_tokens} tokens; the context holds {self._engine.max_tokens}.", field="prompt"
             )
+
+
+def _candidate_of(output: TokenOutput) -> int:
+    return output.candidate
 
 
 def _is_text(token_id: int, options: GenerationOptions) -> bool:

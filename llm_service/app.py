@@ -72,7 +72,16 @@ async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_
             await _warm_up(engine)
             schemas = await asyncio.to_thread(model.schemas)
             admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
-            servicer.answerer = Answerer(model.facts(), model.writer(), schemas, reader, engine, admission, metrics)
+            servicer.answerer = Answerer(
+                model.facts(),
+                model.writer(),
+                schemas,
+                reader,
+                engine,
+                admission,
+                metrics,
+                settings.stream_interval_seconds,
+            )
 
         yield Application(
             register=lambda server: llm_service_pb2_grpc.add_LlmServiceServicer_to_server(servicer, server),

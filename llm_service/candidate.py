@@ -1,6 +1,7 @@
 """One candidate's way from tokens to what the client is shown: text, log-probabilities and calls of tools."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm_service.engine.sequence import FinishReason, TokenOutput
@@ -28,6 +29,18 @@ class Delta:
     token_ids: tuple[int, ...]
     candidate: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Return deltas of one candidate that follow one another, at least one, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return Delta(
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.token_ids),
+        deltas[0].candidate,
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,12 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
         description="how long a step may take while answers are streamed, or 2.5 times that while none is: on slow "
         "machines the chunks of prompts are smaller than max_batch_tokens, so that no stream stands still for longer",
     )
+    stream_interval_seconds: float = Field(
+        0.01,
+        ge=0,
+        description="least time between two messages of one answer; tokens that come sooner share one, which costs the "
+        "services and the client less",
+    )
     max_open_requests: int = Field(2048, ge=1, description="requests at a time; more are refused with QUEUE_FULL")
     max_embedding_bytes: int = Field(
         2 << 30, ge=1, description="memory for the embeddings of answers in progress; more wait for it"

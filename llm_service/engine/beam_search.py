@@ -72,7 +72,7 @@ async def _extended(engine: Engine, request: EngineRequest, beams: list[Beam], c
 async def _continuations(engine: Engine, request: EngineRequest, beam: Beam, count: int) -> list[Beam]:
     params = replace(request.params, max_output_tokens=1, top_logprobs=count, stop_token_ids=frozenset())
     async with aclosing(engine.generate(replace(request, params=params, generated=beam.token_ids))) as outputs:
-        output = await anext(outputs)
+        (output,) = await anext(outputs)
     return [Beam((*beam.token_ids, token), beam.score + logprob) for token, logprob in output.top_logprobs]
 
 

@@ -75,10 +75,12 @@ class Engine(Protocol):
     def max_tokens(self) -> int:
         """Most tokens that one sequence, prompt and output, may have."""
 
-    def generate(self, request: EngineRequest, ended: AbstractSet[int] = frozenset()) -> AsyncGenerator[TokenOutput]:
-        """Yield the output tokens as they come. Closing the iterator aborts all candidates and frees their blocks.
+    def generate(
+        self, request: EngineRequest, ended: AbstractSet[int] = frozenset()
+    ) -> AsyncGenerator[tuple[TokenOutput, ...]]:
+        """Yield the output tokens, each time those that have come. Closing the iterator aborts all candidates.
 
-        A candidate that the caller adds to `ended` after its first token is aborted; the others go on, even if it
+        A candidate that the caller adds to `ended` between two of these is aborted; the others go on, even if it
         fails meanwhile. Raises `PromptTooLong` where the prompt leaves no room for a token, `DeadlineExceeded` or
         `QueueFull` where its first token cannot come in time, even or only without those ahead of it, `InternalError`
         where the computation of one of the request's own sequences failed, and what its constraint and fetch raise.
@@ -144,22 +146,25 @@ class PagedEngine:
 
     async def generate(
         self, request: EngineRequest, ended: AbstractSet[int] = frozenset()
-    ) -> AsyncGenerator[TokenOutput]:
+    ) -> AsyncGenerator[tuple[TokenOutput, ...]]:
         """Yield the output tokens; see `Engine`."""
         family, outputs = self._submit(request)
         running = dict(enumerate(family))
         try:
             while running:
-                output = await self._next(request, outputs)
-                assert not isinstance(output, ProbeOutput)
-                if output.candidate in running:  # not one that was on its way when its candidate was ended
-                    if isinstance(output, Failure):
-                        raise output.error
-                    yield output
+                arrived = await self._arrived(request, outputs)
+                # Not those that were on their way when their candidate was ended.
+                tokens = [each for each in arrived if isinstance(each, TokenOutput) and each.candidate in running]
+                if tokens:
+                    yield tuple(tokens)
+                for output in tokens:
                     if output.finish_reason is not None:
                         del running[output.candidate]
                 for candidate in ended & running.keys():
                     self._abort(running.pop(candidate))
+                for failed in arrived:
+                    if isinstance(failed, Failure) and failed.candidate in running:
+                        raise failed.error
         finally:
             self._abort(*family)
 
@@ -167,9 +172,11 @@ class PagedEngine:
         """Return what the request's probe finds; see `Engine`."""
         family, outputs = self._submit(request)
         try:
-            output = await self._next(request, outputs)
+            while not (arrived := await self._arrived(request, outputs)):
+                pass
         finally:
             self._abort(*family)
+        (output,) = arrived
         if isinstance(output, Failure):
             raise output.error
         assert isinstance(output, ProbeOutput)
@@ -199,14 +206,16 @@ class PagedEngine:
         self._post(lambda: self._add(family[0]))
         return family, outputs
 
-    async def _next(
-        self, request: EngineRequest, outputs: asyncio.Queue[Output]
-    ) -> TokenOutput | ProbeOutput | Failure:
-        """Return what comes next, having fetched the embeddings that are wanted before."""
-        while isinstance(output := await outputs.get(), Wanted):
-            assert request.fetch is not None
-            self._post(partial(_provide, output.seq, await request.fetch(output.placeholders)))
-        return output
+    async def _arrived(self, request: EngineRequest, outputs: asyncio.Queue[Output]) -> list[Output]:
+        """Wait for something; return what there is, having fetched the embeddings that are wanted."""
+        arrived = [await outputs.get()]
+        while not outputs.empty():
+            arrived.append(outputs.get_nowait())
+        for output in arrived:
+            if isinstance(output, Wanted):
+                assert request.fetch is not None
+                self._post(partial(_provide, output.seq, await request.fetch(output.placeholders)))
+        return [output for output in arrived if not isinstance(output, Wanted)]
 
     def _abort(self, *family: Sequence) -> None:
         """Forget sequences; nothing, where they have finished."""

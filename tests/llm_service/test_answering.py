@@ -18,6 +18,7 @@ from llm_service.prompt.positions import positions
 from llm_service.prompt.splice import PlaceholderRange, PromptTokens, splice
 from shared import critic
 from shared.errors import InvalidJsonSchema, InvalidRequest, NotSupportedByModel, QueueFull
+from tests.engine_outputs import each
 from tests.golden_cases import GOLDEN, GoldenImage, turns
 from tests.golden_models import golden_model
 from tests.llm_service.fakes_llm import ref
@@ -191,7 +192,7 @@ async def test_a_constraint_that_cannot_be_followed_fails_alone_and_with_its_rea
             system.ask(system.media.dialogue(case), system.options(case.config["max_new_tokens"]))
         )
         prompt = PromptTokens(tuple(case.input_ids))
-        outputs = system.engine.generate(EngineRequest(prompt, (), SamplingParams(20), constraint=Unfollowable()))
+        outputs = each(system.engine.generate(EngineRequest(prompt, (), SamplingParams(20), constraint=Unfollowable())))
         for _ in range(2):
             await anext(outputs)
         with pytest.raises(InvalidJsonSchema):

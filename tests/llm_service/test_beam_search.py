@@ -23,7 +23,7 @@ class ScriptedEngine:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def generate(self, asked: EngineRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(self, asked: EngineRequest) -> AsyncGenerator[tuple[TokenOutput, ...], None]:
         known = [*asked.prompt.ids, *asked.generated]
         assert len(known) < self.max_tokens
         self.open += 1
@@ -33,7 +33,7 @@ class ScriptedEngine:
                 raise self.error
             chances = sorted(self.table[known[-1]].items(), key=lambda entry: -entry[1])[: asked.params.top_logprobs]
             logprobs = tuple((token, math.log(chance)) for token, chance in chances)
-            yield TokenOutput(logprobs[0][0], FinishReason.LENGTH, logprobs)
+            yield (TokenOutput(logprobs[0][0], FinishReason.LENGTH, logprobs),)
         finally:
             self.open -= 1
 

@@ -13,12 +13,13 @@ from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, FinishReason, Probe, SamplingParams, candidates_of
 from llm_service.prompt.splice import PromptTokens
 from shared.errors import InternalError
+from tests.engine_outputs import each
 from tests.llm_service.fakes_llm import FakeRunner, continuation, next_token, request, running
 
 
 async def answers(engine: PagedEngine, asked: EngineRequest) -> list[list[int]]:
     ids: list[list[int]] = [[] for _ in range(asked.num_candidates)]
-    async with aclosing(engine.generate(asked)) as outputs:
+    async with aclosing(each(engine.generate(asked))) as outputs:
         async for output in outputs:
             ids[output.candidate].append(output.token_id)
     return ids
@@ -109,7 +110,9 @@ async def test_each_candidate_ends_with_a_reason_of_its_own() -> None:
     stop = continuation(prompt, 4, candidate=1)[3]
     reasons = {}
     async with running(FakeRunner()) as engine:
-        async for output in engine.generate(request(prompt, 8, num_candidates=2, stop_token_ids=frozenset({stop}))):
+        async for output in each(
+            engine.generate(request(prompt, 8, num_candidates=2, stop_token_ids=frozenset({stop})))
+        ):
             if output.finish_reason:
                 reasons[output.candidate] = output.finish_reason
     assert reasons == {0: FinishReason.LENGTH, 1: FinishReason.STOP}
@@ -120,8 +123,9 @@ async def test_a_candidate_that_is_ended_stops_and_the_others_go_on() -> None:
     ended: set[int] = set()
     said: list[list[int]] = [[], [], []]
     async with running(FakeRunner()) as engine:
-        async for output in engine.generate(request(prompt, 30, num_candidates=3), ended):
-            said[output.candidate].append(output.token_id)
+        async for output in each(engine.generate(request(prompt, 30, num_candidates=3), ended)):
+            if output.candidate not in ended:
+                said[output.candidate].append(output.token_id)
             if len(said[1]) == 4:
                 ended.add(1)
     whole = expected(prompt, 30, 3)
@@ -133,8 +137,9 @@ async def test_a_candidate_that_fails_after_it_was_ended_harms_nobody() -> None:
     ended: set[int] = set()
     said: list[list[int]] = [[], [], []]
     async with running(FakeRunner(nan_candidate=(1, 4))) as engine:
-        async for output in engine.generate(request(prompt, 30, num_candidates=3), ended):
-            said[output.candidate].append(output.token_id)
+        async for output in each(engine.generate(request(prompt, 30, num_candidates=3), ended)):
+            if output.candidate not in ended:
+                said[output.candidate].append(output.token_id)
             if len(said[1]) == 4 and 1 not in ended:
                 while engine.stats().num_running == 3:  # until the engine has given it up
                     await asyncio.sleep(0.001)
@@ -152,7 +157,7 @@ async def test_a_candidate_that_fails_before_its_end_fails_the_answer() -> None:
 @pytest.mark.parametrize("tokens_before", [0, 1, 5])
 async def test_leaving_frees_every_candidate(tokens_before: int) -> None:
     async with running(FakeRunner()) as engine:
-        outputs = engine.generate(request([1] * 30, 100, num_candidates=4))
+        outputs = each(engine.generate(request([1] * 30, 100, num_candidates=4)))
         for _ in range(tokens_before):
             await anext(outputs)
         await outputs.aclose()

@@ -13,11 +13,12 @@ from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, FinishReason, TokenOutput
 from shared.errors import InternalError, PromptTooLong
+from tests.engine_outputs import each
 from tests.llm_service.fakes_llm import LIMITS, FakeRunner, continuation, request, running
 
 
 async def collect(engine: PagedEngine, asked: EngineRequest) -> list[TokenOutput]:
-    async with aclosing(engine.generate(asked)) as outputs:
+    async with aclosing(each(engine.generate(asked))) as outputs:
         return [output async for output in outputs]
 
 
@@ -128,7 +129,7 @@ async def test_logits_that_are_no_numbers_fail_only_their_sequence() -> None:
 @pytest.mark.parametrize("tokens_before", [0, 1, 3])
 async def test_leaving_a_stream_frees_its_blocks_whenever_it_happens(tokens_before: int) -> None:
     async with running(FakeRunner()) as engine:
-        outputs = engine.generate(request([1] * 30, 100))
+        outputs = each(engine.generate(request([1] * 30, 100)))
         task = asyncio.create_task(read(outputs, tokens_before))
         await asyncio.wait_for(task, 5) if tokens_before else await asyncio.sleep(0)
         await outputs.aclose()

@@ -35,6 +35,7 @@ from llm_service.settings import LlmSettings
 from shared.checkpoint import read_config
 from shared.errors import CheckpointError
 from shared.quantize import scheme_of
+from tests.engine_outputs import each
 from tests.golden_cases import GOLDEN
 
 ROWS = sorted(path.name.removesuffix(".json.gz") for path in (GOLDEN / "rows").glob("InternVL*.json.gz"))
@@ -314,7 +315,7 @@ async def generated(model: LoadedModel) -> list[list[int]]:
         answers = []
         for prompt in (range(5, 60), range(100, 300)):
             request = EngineRequest(PromptTokens(tuple(prompt)), (), SamplingParams(max_output_tokens=12))
-            outputs = [output async for output in engine.generate(request)]
+            outputs = [output async for output in each(engine.generate(request))]
             answers.append([output.token_id for output in outputs if isinstance(output, TokenOutput)])
         assert all(len(answer) == 12 for answer in answers)
         return answers

@@ -20,13 +20,14 @@ from llm_service.model.rope import rotation_of
 from llm_service.prompt.splice import PlaceholderRange, PromptTokens
 from shared.digest import digest_of
 from shared.errors import EmbeddingNotFound
+from tests.engine_outputs import each
 from tests.llm_service.fakes_llm import FakeRunner, continuation, ref, request, running
 
 VISUAL = 999  # the token at every placeholder
 
 
 async def collect(engine: PagedEngine, asked: EngineRequest) -> list[TokenOutput]:
-    async with aclosing(engine.generate(asked)) as outputs:
+    async with aclosing(each(engine.generate(asked))) as outputs:
         return [output async for output in outputs]
 
 
@@ -108,7 +109,7 @@ async def test_prompts_share_their_beginning_while_both_run() -> None:
     runner = FakeRunner()
     async with running(runner) as engine:
         common = list(range(1, 25))
-        async with aclosing(engine.generate(request([*common, 30], 50))) as outputs:
+        async with aclosing(each(engine.generate(request([*common, 30], 50)))) as outputs:
             await anext(outputs)
             assert await said(engine, request([*common, 31], 5)) == (continuation([*common, 31], 5), 24)
             assert [(await anext(outputs)).token_id for _ in range(6)] == continuation([*common, 30], 7)[1:]
@@ -135,7 +136,7 @@ async def test_nothing_is_found_any_more_once_it_is_to_be_forgotten() -> None:
 async def test_what_a_running_sequence_holds_is_not_found_once_it_is_to_be_forgotten() -> None:
     async with running(FakeRunner()) as engine:
         prompt = list(range(1, 22))
-        async with aclosing(engine.generate(request(prompt, 50))) as outputs:
+        async with aclosing(each(engine.generate(request(prompt, 50)))) as outputs:
             await anext(outputs)
             engine.forget()
             assert (await said(engine, request(prompt, 3)))[1] == 0

@@ -18,6 +18,8 @@ from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import EngineRequest, SamplingParams, Sequence
 from llm_service.settings import LlmSettings
 from shared.checkpoint import Checkpoint, read_config
+from shared.digest import digest_of
+from tests.engine_outputs import each
 from vision_service.model.loader import load_tower
 from vision_service.model.tower import TowerConfig, VisionTower
 
@@ -43,6 +45,11 @@ def request_of(maker: BatchMaker, tower: VisionTower, found: Situation, stop_ids
     with torch.inference_mode():
         rows = [tower(torch.from_numpy(of_one)).flatten(0, 1) for of_one in tiles]
     embeddings = tuple(rows[int(place.ref.digest)] for place in prompt.placeholders)
+    shown = [digest_of(of_one.tobytes()) for of_one in tiles]
+    placeholders = tuple(
+        replace(place, ref=replace(place.ref, digest=shown[int(place.ref.digest)])) for place in prompt.placeholders
+    )
+    prompt = replace(prompt, placeholders=placeholders)
     return EngineRequest(prompt, embeddings, SamplingParams(48, stop_token_ids=stop_ids))
 
 
@@ -84,7 +91,7 @@ async def test_greedy_answers_are_the_engine_s(
     engine.start()
 
     async def generate(request: EngineRequest) -> list[int]:
-        async with aclosing(engine.generate(request)) as outputs:
+        async with aclosing(each(engine.generate(request))) as outputs:
             return [output.token_id async for output in outputs]
 
     try:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from llm_service.engine.beam_search import beam_search
 from llm_service.engine.engine import PagedEngine
 from llm_service.engine.sequence import EngineRequest
+from tests.engine_outputs import each
 from tests.golden_cases import ALL_CHECKPOINTS, GOLDEN, GoldenTurn, turns
 from tests.golden_models import BLOCK_SIZE, GoldenModel, golden_model
 
@@ -39,7 +40,7 @@ async def answer(engine: PagedEngine, case: GoldenTurn, request: EngineRequest) 
     beams = case.config.get("num_beams", 1)
     if beams > 1:
         return list(await beam_search(engine, request, beams))
-    return [output.token_id async for output in engine.generate(request)]
+    return [output.token_id async for output in each(engine.generate(request))]
 
 
 def test_every_golden_checkpoint_is_here() -> None:

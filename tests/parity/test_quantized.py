@@ -23,6 +23,7 @@ from llm_service.prompt.splice import PromptTokens
 from llm_service.settings import LlmSettings
 from shared.checkpoint import Naming, read_config
 from shared.quantize import Quantization, scheme_of
+from tests.engine_outputs import each
 from tests.golden_cases import ALL_CHECKPOINTS, GOLDEN, turns
 from tests.golden_models import CPU, golden_model, prompt_logits
 
@@ -118,7 +119,7 @@ async def test_a_quantized_service_generates(quantization: Quantization) -> None
     engine.start()
     try:
         request = EngineRequest(PromptTokens(tuple(range(5, 70))), (), SamplingParams(max_output_tokens=10))
-        outputs = [output async for output in engine.generate(request)]
+        outputs = [output async for output in each(engine.generate(request))]
     finally:
         engine.stop()
     assert len([output for output in outputs if isinstance(output, TokenOutput)]) == 10
