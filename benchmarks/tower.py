@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional
 
 from shared.checkpoint import Checkpoint, read_config
+from shared.packed_linear import PackedLinear, can_pack
 from vision_service.model.loader import LoadedTower, load_tower
-from vision_service.model.packed import PackedLinear, can_pack
 from vision_service.model.passes import pass_of
 from vision_service.model.tower import TowerConfig, pixel_values
 from vision_service.preprocess.image import Tiles

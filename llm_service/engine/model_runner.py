@@ -1,8 +1,11 @@
 """Runs the model on a scheduled batch: builds the flat tensors, splices embeddings in, samples."""
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from llm_service.engine.sampler import Logprobs, logprobs_of, probe, sample
@@ -33,14 +36,16 @@ class ModelRunner:
     def step(self, batch: Rows[ScheduledTokens]) -> list[SampledToken]:
         """Compute the batch; return a token per sequence in the entries' `sampled`, in order. Fills in `probed`."""
         hidden = self._forward(batch)
-        ends = torch.tensor([tokens.count for tokens in batch]).cumsum(0) - 1
-        rows = [index for index, tokens in enumerate(batch) for _ in tokens.sampled]
         self._probe(batch, hidden)
-        if not rows:
-            return []
+        ends = accumulate(tokens.count for tokens in batch)
         # A row per sequence, even where several read the same prompt: sampling writes into them.
-        logits = self._decoder.logits(hidden[ends[rows].to(hidden.device)])
-        return _sampled(logits, [seq for tokens in batch for seq in tokens.sampled])
+        sampled = [(end - 1, seq) for end, tokens in zip(ends, batch, strict=True) for seq in tokens.sampled]
+        if not sampled:
+            return []
+        rows, seqs = zip(*sampled, strict=True)
+        if rows != tuple(range(len(hidden))):
+            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+        return _sampled(self._decoder.logits(hidden), seqs)
 
     @torch.inference_mode()
     def copy_block(self, source: int, target: int) -> None:
@@ -66,26 +71,27 @@ class ModelRunner:
 
     def _forward(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         device = self._decoder.device
-        positions = _concatenated([range(t.seq.num_computed, t.seq.num_computed + t.count) for t in batch])
+        index = _BatchIndex.of(batch)
         # As the reference rotates: a prompt with its whole length, a later token with the length when it came. So
         # neither chunks nor a recomputation change anything.
-        prompts = _concatenated([[len(t.seq.request.prompt.ids)] * t.count for t in batch])
-        lengths = torch.maximum(prompts, positions + 1)
-        rotary = positions
+        prompts = np.array([t.seq.num_prompt for t in batch], np.int64).repeat(index.counts)
+        lengths = torch.from_numpy(np.maximum(prompts, index.positions + 1))
+        rotary = torch.from_numpy(index.positions)
         if any(t.seq.request.positions is not None for t in batch):
-            rotary, lengths = _variable_positions(batch, positions, lengths)
+            rotary, lengths = _variable_positions(batch, rotary, lengths)
         hidden: torch.Tensor = self._decoder(
             self._input_embeddings(batch),
             rotary.to(device),
             lengths.to(device),
-            self._layout(batch, positions),
+            self._layout(batch, index),
             self._cache,
             self._rope,
         )
         return hidden
 
     def _input_embeddings(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
-        ids = _concatenated([t.seq.token_ids[t.seq.num_computed : t.seq.num_computed + t.count] for t in batch])
+        parts = [t.seq.token_ids[t.seq.num_computed : t.seq.num_computed + t.count] for t in batch]
+        ids = torch.from_numpy(np.fromiter(chain.from_iterable(parts), np.int64))
         hidden: torch.Tensor = self._decoder.embed(ids.to(self._decoder.device))
         row = 0
         for tokens in batch:
@@ -93,17 +99,34 @@ class ModelRunner:
             row += tokens.count
         return hidden
 
-    def _layout(self, batch: Rows[ScheduledTokens], positions: torch.Tensor) -> BatchLayout:
-        size, device = self._cache.block_size, self._decoder.device
-        spans, slots, row = [], [], 0
-        for tokens in batch:
-            length = tokens.seq.num_computed + tokens.count
-            blocks = torch.tensor(tokens.seq.block_table[: -(-length // size)])
-            own = positions[row : row + tokens.count]
-            slots.append(blocks[own // size] * size + own % size)
-            spans.append(Span(row, row + tokens.count, length, blocks.to(device)))
-            row += tokens.count
-        return BatchLayout(tuple(spans), torch.cat(slots).to(device))
+    def _layout(self, batch: Rows[ScheduledTokens], index: "_BatchIndex") -> BatchLayout:
+        size = self._cache.block_size
+        num_blocks = -(-index.lengths // size)
+        tables = [t.seq.block_table[:count] for t, count in zip(batch, num_blocks.tolist(), strict=True)]
+        blocks = np.fromiter(chain.from_iterable(tables), np.int64)
+        first_blocks = num_blocks.cumsum() - num_blocks
+        slots = blocks[first_blocks.repeat(index.counts) + index.positions // size] * size + index.positions % size
+        own_blocks = torch.split(torch.from_numpy(blocks), num_blocks.tolist())
+        ends = index.counts.cumsum()
+        rows = zip((ends - index.counts).tolist(), ends.tolist(), index.lengths.tolist(), own_blocks, strict=True)
+        spans = tuple(Span(start, end, length, own) for start, end, length, own in rows)
+        return BatchLayout(spans, torch.from_numpy(slots)).to(self._decoder.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchIndex:
+    """A batch in numbers, int64: tokens and length after it by sequence, and the position of every token."""
+
+    counts: np.ndarray
+    lengths: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, batch: Rows[ScheduledTokens]) -> "_BatchIndex":
+        counts = np.array([t.count for t in batch], np.int64)
+        firsts = np.array([t.seq.num_computed for t in batch], np.int64)
+        starts = counts.cumsum() - counts
+        return cls(counts, firsts + counts, (firsts - starts).repeat(counts) + np.arange(counts.sum()))
 
 
 def splice_embeddings(hidden: torch.Tensor, seq: Sequence, start: int) -> None:
@@ -113,6 +136,7 @@ def splice_embeddings(hidden: torch.Tensor, seq: Sequence, start: int) -> None:
         first = max(start, placeholder.start)
         last = min(end, placeholder.start + placeholder.length)
         if first < last:
+            assert embedding is not None  # the scheduler has seen to it
             rows = embedding[first - placeholder.start : last - placeholder.start]
             hidden[first - start : last - start] = rows.to(hidden.device, hidden.dtype)
 
@@ -151,7 +175,3 @@ def _variable_positions(
             lengths[row:end] = 1
         row = end
     return positions, lengths
-
-
-def _concatenated(parts: Rows[Rows[int]]) -> torch.Tensor:
-    return torch.tensor([value for part in parts for value in part], dtype=torch.int64)

@@ -6,10 +6,13 @@ Order of the steps: constraint, repetition penalty, temperature, top-k, top-p, m
 import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from llm_service.engine.sequence import Probe, SamplingParams, Sequence, mixed
+
+_WINDOW: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,26 @@ def sample(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[int | None]:
             logits[row].masked_fill_(~seq.constraint.allowed().to(logits.device), -torch.inf)
         if seq.request.params.repetition_penalty != 1.0:
             penalise(logits[row], seq.output_ids, seq.request.params.repetition_penalty)
-    best = logits.max(dim=-1)
-    values, tokens = best.values.tolist(), best.indices.tolist()
+    values, tokens = largest(logits)
     return [
         None if math.isnan(value) else token if seq.request.params.is_greedy else _draw(logits[row], seq)
         for row, (value, token, seq) in enumerate(zip(values, tokens, seqs, strict=True))
     ]
+
+
+def largest(logits: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Return each row's largest number, NaN where it holds one, and where that is first, for [rows, vocab]."""
+    size = logits.shape[1]
+    if logits.device.type != "cpu" or size < 2 * _WINDOW:
+        best = logits.max(dim=-1)
+        return best.values.tolist(), best.indices.tolist()
+    # Largest numbers alone are found ten times as fast as their places: places are sought in one window of each row.
+    whole = logits[:, : size // _WINDOW * _WINDOW].view(len(logits), -1, _WINDOW)
+    peaks = torch.cat((whole.amax(dim=-1), logits[:, -_WINDOW:].amax(dim=-1, keepdim=True)), dim=1)
+    best = peaks.max(dim=-1)
+    starts = (best.indices * _WINDOW).clamp_(max=size - _WINDOW)
+    windows = logits.gather(1, starts[:, None] + torch.arange(_WINDOW))
+    return best.values.tolist(), (starts + windows.argmax(dim=-1)).tolist()
 
 
 def penalise(logits: torch.Tensor, generated: list[int], penalty: float) -> None:

@@ -1,10 +1,10 @@
-"""The paged KV cache and attention over it."""
+"""The paged KV cache, and what attention over it promises, whatever computes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
-from torch.nn import functional
 
 from llm_service.model.config import DecoderConfig
 
@@ -20,6 +20,11 @@ class Span:
     end: int
     length: int
     blocks: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """How many of the batch's rows are the sequence's."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,38 @@ class BatchLayout:
         return BatchLayout(spans, self.slots.to(device))
 
 
+@dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """A layer's keys and values by slot, twice the same memory.
+
+    `rows` are [slots, 2 * kv_heads * head_dim], all keys before all values; `keys` and `values` are
+    [1, kv_heads, slots, head_dim] each.
+    """
+
+    rows: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, slots: torch.Tensor) -> "CachedLayer":
+        """Return the views of [slots, 2, kv_heads, head_dim]."""
+        keys, values = slots.permute(1, 2, 0, 3)[:, None].unbind()
+        return cls(slots.flatten(1), keys, values)
+
+    def run(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of a run of slots, in place."""
+        return self.keys[:, :, start:end], self.values[:, :, start:end]
+
+    def copies(self, slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of keys and values of slots [count * length], [count, kv_heads, length, head_dim] each."""
+        _, kv_heads, _, head_dim = self.keys.shape
+        both = self.rows.index_select(0, slots).view(count, -1, 2, kv_heads, head_dim)
+        keys, values = both.permute(2, 0, 3, 1, 4).unbind()
+        return keys, values
+
+
 class KVCache:
-    """Keys and values of every layer, [2, blocks, block_size, kv_heads, head_dim] each.
+    """Keys and values of every layer, [blocks, block_size, 2, kv_heads, head_dim] each: a token's lie side by side.
 
     They are on one device, or on that of each layer.
     """
@@ -54,10 +89,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | Sequence[torch.device],
     ) -> None:
-        shape = (2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        shape = (num_blocks, block_size, 2, config.num_kv_heads, config.head_dim)
         devices = (device,) * config.num_layers if isinstance(device, torch.device) else device
-        self._data = [torch.empty(shape, dtype=dtype, device=place) for place in devices]
-        assert len(self._data) == config.num_layers
+        self._blocks = [torch.empty(shape, dtype=dtype, device=place) for place in devices]
+        assert len(self._blocks) == config.num_layers
+        self._layers = [CachedLayer.of(blocks.flatten(0, 1)) for blocks in self._blocks]
         self.num_blocks = num_blocks
         self.block_size = block_size
 
@@ -66,54 +102,38 @@ class KVCache:
         """Return the bytes that one block takes over all layers."""
         return config.num_layers * 2 * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
-    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [tokens, kv_heads, head_dim] at their slots."""
-        flat = self._data[layer].flatten(1, 2)  # [2, blocks * block_size, kv_heads, head_dim]
-        flat[0].index_copy_(0, slots, keys)
-        flat[1].index_copy_(0, slots, values)
+    def layer(self, layer: int) -> "CachedLayer":
+        """Return a layer's memory by slot; slot = block * block_size + place in the block."""
+        return self._layers[layer]
+
+    def write(self, layer: int, slots: torch.Tensor, keys_and_values: torch.Tensor) -> None:
+        """Store [tokens, 2 * kv_heads * head_dim], all keys before all values, at their slots."""
+        self._layers[layer].rows.index_copy_(0, slots, keys_and_values)
 
     def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a sequence's keys and values so far, [length, kv_heads, head_dim] each."""
-        keys, values = self._data[layer].index_select(1, span.blocks).flatten(1, 2)
-        return keys[: span.length], values[: span.length]
+        known = self._blocks[layer].index_select(0, span.blocks).flatten(0, 1)[: span.length]
+        return known[:, 0], known[:, 1]
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy the keys and values of a block, in every layer."""
-        for layer in self._data:
-            layer[:, target] = layer[:, source]
+        for blocks in self._blocks:
+            blocks[target] = blocks[source]
 
 
-def paged_attention(
-    cache: KVCache,
-    layer: int,
-    layout: BatchLayout,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> torch.Tensor:
-    """Store the new keys and values, then attend causally within each sequence.
+class StepAttention(Protocol):
+    """Attention of one step's batch, in the layers of one device. What is the same in all layers is worked out once."""
 
-    queries [tokens, heads, head_dim], keys and values [tokens, kv_heads, head_dim]; returns the shape of queries.
-    """
-    cache.write(layer, layout.slots, keys, values)
-    outputs = torch.empty_like(queries)
-    for span in layout.spans:
-        known_keys, known_values = cache.read(layer, span)
-        outputs[span.start : span.end] = _attend(queries[span.start : span.end], known_keys, known_values)
-    return outputs
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """Store the new keys and values, then attend causally within each sequence.
+
+        `qkv` holds a row [queries, keys, values] per token, queries and keys rotated. Returns the attended values of
+        all heads, [tokens, heads * head_dim], which no later step writes to.
+        """
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    count, length = queries.shape[0], keys.shape[0]
-    mask = None
-    if 1 < count < length:  # a chunk: token i of the chunk sees the length - count tokens before it, and itself
-        mask = torch.ones(count, length, dtype=torch.bool, device=queries.device).tril(length - count)
-    attended = functional.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None],
-        keys.transpose(0, 1)[None],
-        values.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=count == length and count > 1,
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
-    return attended[0].transpose(0, 1)
+class AttentionBackend(Protocol):
+    """A way to compute attention on a kind of device."""
+
+    def __call__(self, config: DecoderConfig, cache: KVCache, layout: BatchLayout) -> StepAttention:
+        """Begin a step. The layout is on the device of the layers that will attend."""

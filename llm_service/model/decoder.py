@@ -1,7 +1,8 @@
 """The language model: one decoder for every family whose shape `DecoderConfig` describes.
 
 It works on flat batches, [tokens, hidden], of any mix of prompts and single tokens; `BatchLayout` says what belongs
-together. Projections that read the same input are fused.
+together. Projections that read the same input are fused. A linear layer may be any module that does what `nn.Linear`
+does: packed, or of fewer bits.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llm_service.model.attention import BatchLayout, KVCache, paged_attention
+from llm_service.model.attention import BatchLayout, KVCache, StepAttention
+from llm_service.model.backends import attention_for
 from llm_service.model.config import DecoderConfig
-from llm_service.model.rope import Rope, rotate
+from llm_service.model.rope import Rope, Rotation, rotate_
+from shared.packed_linear import PackedLinear, added
 
 
 class RMSNorm(nn.Module):
@@ -23,13 +26,13 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self._shape = (size,)
         self._eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
-        wide = hidden.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return self.weight * normed.to(hidden.dtype)
+        # Without the weight: torch would scale before casting back.
+        return functional.rms_norm(hidden, self._shape, None, self._eps).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -37,23 +40,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self._config = config
+        self._rotated = sum(config.qkv_rows[:2])
         self._layer = layer
         self.qkv = _linear(config.hidden_size, sum(config.qkv_rows), bias=config.qkv_bias)
         self.out = _linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.out_bias)
 
     def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: BatchLayout, cache: KVCache
+        self, normed: torch.Tensor, hidden: torch.Tensor, rotation: Rotation, step: StepAttention
     ) -> torch.Tensor:
-        """Attend, [tokens, hidden] to [tokens, hidden]."""
-        head_dim = self._config.head_dim
-        queries, keys, values = (
-            part.unflatten(-1, (-1, head_dim)) for part in self.qkv(hidden).split(self._config.qkv_rows, dim=-1)
-        )
-        queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
-        attended = paged_attention(cache, self._layer, layout, queries, keys, values)
-        projected: torch.Tensor = self.out(attended.flatten(1))
-        return projected
+        """Return `hidden` plus what attention makes of `normed`, [tokens, hidden] all three."""
+        qkv = self.qkv(normed)
+        rotate_(qkv[:, : self._rotated], rotation)
+        return added(self.out, step.attend(self._layer, qkv), hidden)
 
 
 class GatedMLP(nn.Module):
@@ -64,11 +62,10 @@ class GatedMLP(nn.Module):
         self.gate_up = _linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = _linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply to [tokens, hidden]."""
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        projected: torch.Tensor = self.down(functional.silu(gate) * up)
-        return projected
+    def forward(self, normed: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` plus what the MLP makes of `normed`, [tokens, hidden] all three."""
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return added(self.down, functional.silu(gate).mul_(up), hidden)
 
 
 class DecoderLayer(nn.Module):
@@ -81,13 +78,11 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], layout: BatchLayout, cache: KVCache
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rotation: Rotation, step: StepAttention) -> torch.Tensor:
         """Apply to [tokens, hidden], on the layer's device."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, layout, cache)
-        added: torch.Tensor = hidden + self.mlp(self.mlp_norm(hidden))
-        return added
+        hidden = self.attention(self.attention_norm(hidden), hidden, rotation, step)
+        out: torch.Tensor = self.mlp(self.mlp_norm(hidden), hidden)
+        return out
 
     @property
     def device(self) -> torch.device:
@@ -107,23 +102,24 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding.from_pretrained(table)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = _linear(config.hidden_size, config.vocab_size)
+        self.head: nn.Module = _linear(config.hidden_size, config.vocab_size)
         self.requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:
         """The element type of weights and activations."""
-        return self.head.weight.dtype
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where steps begin and end: the device of embeddings, norm and head."""
-        return self.head.weight.device
+        return self.norm.weight.device
 
     @property
     def weight_bytes(self) -> int:
         """Memory of all weights."""
-        return sum(weight.nbytes for weight in chain(self.parameters(), self.buffers()))
+        packed = (module.matrix_bytes for module in self.modules() if isinstance(module, PackedLinear))
+        return sum(weight.nbytes for weight in chain(self.parameters(), self.buffers())) + sum(packed)
 
     @property
     def layer_devices(self) -> tuple[torch.device, ...]:
@@ -152,12 +148,12 @@ class Decoder(nn.Module):
 
         `positions` and `lengths` are int64 [tokens]: each token's position, and its sequence's length after this batch.
         """
-        cos, sin = rope.rotation(positions, lengths)
-        cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
+        rotation = Rotation.of(*rope.rotation(positions, lengths), hidden.dtype)
         for device, layers in self._runs:
-            hidden, rotation, placed = hidden.to(device), (cos.to(device), sin.to(device)), layout.to(device)
+            hidden, placed = hidden.to(device), rotation.to(device)
+            step = attention_for(device, hidden.dtype)(self.config, cache, layout.to(device))
             for layer in layers:
-                hidden = layer(hidden, rotation, placed, cache)
+                hidden = layer(hidden, placed, step)
         normed: torch.Tensor = self.norm(hidden)
         return normed
 

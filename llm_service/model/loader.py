@@ -1,23 +1,30 @@
 """Loads a checkpoint's language model, and nothing else of the checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import nn
 
 from llm_service.model.config import DecoderConfig, architecture_of, decoder_config
 from llm_service.model.decoder import Decoder
+from llm_service.model.head import PackedHead
 from llm_service.model.names import FAMILIES, LLAMA, PREFIXES, shapes_of, weight_plan
 from llm_service.model.placement import layer_of, place_layers, weight_sizes
 from shared.checkpoint import Checkpoint, InternVLConfig, Naming
 from shared.errors import CheckpointError
+from shared.packed_linear import can_pack, pack_linears
 from shared.quantize import ModelWeights, Quantization, Scheme, read_and_round, scheme_of
 from shared.weights import WeightPlan, unclaimed
 
 # Old files hold the rope's frequencies, which follow from config.json.
-_NEEDLESS = "rotary_emb.inv_freq"
+_NEEDLESS: Final = "rotary_emb.inv_freq"
+_HEAD: Final = "head.weight"
+# Packed for so many, matrices are as fast with one row and with hundreds; packed for one they are slower with all.
+_PACKED_FOR_ROWS: Final = 16
+_META: Final = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +45,8 @@ class LoadSettings:
 def load_decoder(directory: Path, config: InternVLConfig, settings: LoadSettings) -> Decoder:
     """Return the language model of a checkpoint directory, or raise `CheckpointError` naming what is wrong.
 
-    Takes the memory of the weights and of some megabytes more; where they are quantized, of the largest matrix as well.
-    Blocks for as long as the reading takes; logs progress.
+    Takes the memory of the weights and of some megabytes more; where they are quantized or packed, of a layer's largest
+    matrix as well. Blocks for as long as the reading takes; logs progress.
     """
     scheme = scheme_of(settings.quantization)
     decoder = empty_decoder(decoder_config(config.llm))
@@ -53,10 +60,62 @@ def load_decoder(directory: Path, config: InternVLConfig, settings: LoadSettings
         layer = layer_of(name)
         return settings.device if layer is None else devices[layer]
 
-    weights = ModelWeights(checkpoint, plan, shapes, settings.dtype, device_of)
-    for name, weight in read_and_round(decoder, "layers", scheme, weights, "loading_language_model"):
-        _set(decoder, name, weight)
+    packing = _packing(decoder, settings, scheme, device_of)
+    weights = ModelWeights(checkpoint, plan, shapes, settings.dtype, packing.device_of)
+    kept = read_and_round(decoder, "layers", scheme, weights, "loading_language_model", packing.seen, packing.takers)
+    for name, weight in kept:
+        if not packing.has(name):
+            _set(decoder, name, weight)
     return decoder.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """Which of a decoder's matrices go elsewhere than into its parameters: the packed head's and those of `takers`."""
+
+    head: PackedHead | None
+    takers: Mapping[str, Callable[[torch.Tensor], None]]
+    place_of: Callable[[str], torch.device]
+
+    def has(self, name: str) -> bool:
+        """Whether this is the packed head's matrix, which is taken in pieces."""
+        return self.head is not None and name == _HEAD
+
+    def seen(self, name: str, piece: torch.Tensor) -> None:
+        """Pass on a piece of the head's matrix."""
+        if self.head is not None and name == _HEAD:
+            self.head.add_rows(piece)
+
+    def device_of(self, name: str) -> torch.device:
+        """Return where a weight is put together; for a matrix whose pieces were passed on, where there is no memory."""
+        return _META if self.has(name) else self.place_of(name)
+
+
+def _packing(
+    decoder: Decoder, settings: LoadSettings, scheme: Scheme | None, device_of: Callable[[str], torch.device]
+) -> _Packing:
+    """Replace the layers that are faster packed: the head, and where nothing is quantized every other one."""
+    if not can_pack(settings.device, settings.dtype):
+        return _Packing(None, {}, device_of)
+    head = PackedHead(decoder.config.hidden_size, decoder.config.vocab_size, _PACKED_FOR_ROWS)
+    decoder.head = head
+    if scheme is not None:
+        return _Packing(head, {}, device_of)
+
+    def chosen(name: str, linear: nn.Linear) -> bool:
+        return can_pack(device_of(name), settings.dtype)
+
+    return _Packing(head, pack_linears(decoder, _PACKED_FOR_ROWS, chosen), device_of)
+
+
+def pack_decoder(decoder: Decoder) -> None:
+    """Pack a decoder that is complete, matrix by matrix; one that cannot be packed here stays as it is."""
+    weights = {name: weight for name, weight in decoder.named_parameters() if weight.ndim == 2}
+    packing = _packing(decoder, LoadSettings(decoder.device, decoder.dtype), None, lambda name: decoder.device)
+    for name, take in packing.takers.items():
+        take(weights.pop(name))
+    if packing.head is not None:
+        packing.head.add_rows(weights[_HEAD])
 
 
 def empty_decoder(config: DecoderConfig) -> Decoder:

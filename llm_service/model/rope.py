@@ -1,5 +1,7 @@
 """Rotary position embedding, half-split form: plain, dynamic NTK, and the long rope of Phi-3."""
 
+from dataclasses import dataclass
+
 import torch
 
 from llm_service.model.config import RopeConfig
@@ -32,18 +34,13 @@ class Rope:
 
     def _frequencies_for(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return inverse frequencies, [head_dim / 2] where all sequences are short, else [tokens, head_dim / 2]."""
-        if self._config.kind == "default" or int(lengths.max()) <= self._limit:
+        if self._config.kind == "default" or int(lengths.max()) <= self._config.plain_limit:
             return self._short
         rows = {length: self._for_length(length) for length in set(lengths.tolist())}
         return torch.stack([rows[int(length)] for length in lengths])
 
-    @property
-    def _limit(self) -> int:
-        """The longest sequence that is rotated as a short one."""
-        return self._config.max_positions if self._config.kind == "dynamic" else self._config.original_max_positions
-
     def _for_length(self, length: int) -> torch.Tensor:
-        if length <= self._limit:
+        if length <= self._config.plain_limit:
             return self._short
         if self._config.kind == "longrope":
             return self._long
@@ -59,14 +56,36 @@ class Rope:
         return 1.0 / stretched
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate states [tokens, heads, head_dim] by cos and sin [tokens, head_dim] of the same dtype."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-
 def rotation_of(config: RopeConfig, length: int) -> int:
     """Return a number that is the same for prompts of all lengths that are rotated alike; 0 is the plain rotation."""
     if config.kind == "default" or length <= config.plain_limit:
         return 0
     return 1 if config.kind == "longrope" else length
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """What queries and keys of a batch's tokens are rotated by, [tokens, 1, 2, head_dim / 2] each.
+
+    `sin` is negative in the first half: there the second half is subtracted.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def of(cls, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> "Rotation":
+        """Return the rotation by cos and sin [tokens, head_dim]."""
+        cos, sin = (part.to(dtype).view(len(part), 1, 2, -1) for part in (cos, sin))
+        return cls(cos, torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2))
+
+    def to(self, device: torch.device) -> "Rotation":
+        """Return the rotation on a device."""
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
+
+def rotate_(states: torch.Tensor, rotation: Rotation) -> None:
+    """Rotate states [tokens, heads * head_dim] in place."""
+    halves = states.view(len(states), -1, 2, rotation.cos.shape[-1])  # [tokens, heads, 2, head_dim / 2]
+    swapped = halves.flip(2)
+    halves.mul_(rotation.cos).addcmul_(swapped, rotation.sin)

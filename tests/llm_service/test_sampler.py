@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_service.engine.sampler import logprobs_of, penalise, probabilities, sample
+from llm_service.engine.sampler import largest, logprobs_of, penalise, probabilities, sample
 from llm_service.engine.sequence import EngineRequest, SamplingParams, Sequence
 from llm_service.prompt.splice import PromptTokens
 from tests.golden_cases import GOLDEN
@@ -87,3 +87,24 @@ def test_logprobs_are_the_chosen_tokens_and_the_likeliest_ones_best_first() -> N
     assert first.top[0][1] == pytest.approx(scores[0, 1].item())
     assert second.top == ()
     assert second.chosen == pytest.approx(scores[1, 0].item())
+
+
+@pytest.mark.parametrize("size", [1, 100, 2047, 2048, 5000, 9 * 1024])
+def test_the_largest_logit_is_found_where_it_is_first(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    # Few different numbers, so that the largest is there more than once; rows that are masked but for one token.
+    rows = torch.randint(7, (6, size), generator=generator).float()
+    masked = torch.full((3, size), -torch.inf)
+    for row, place in enumerate((0, size // 2, size - 1)):
+        masked[row, place] = -3.0
+    logits = torch.cat((rows, masked, torch.full((1, size), -torch.inf)))
+    best = logits.max(dim=-1)
+    assert largest(logits) == (best.values.tolist(), best.indices.tolist())
+
+
+@pytest.mark.parametrize("place", [0, 1500, 4999])
+def test_a_row_with_a_logit_that_is_no_number_has_no_token_and_its_neighbour_has(place: int) -> None:
+    logits = torch.zeros(2, 5000)
+    logits[0, place] = torch.nan
+    logits[1, 4998] = 1.0
+    assert sample(logits, [sequence(), sequence()]) == [None, 4998]

@@ -43,7 +43,7 @@ import json, sys
 from pathlib import Path
 import torch
 from shared.checkpoint import Checkpoint, read_config
-from llm_service.model.loader import LoadSettings, load_decoder
+from llm_service.model.loader import LoadSettings, empty_decoder, load_decoder
 from vision_service.model.loader import empty_tower, load_tower
 from vision_service.model.tower import TowerConfig
 
@@ -56,7 +56,8 @@ config, device = read_config(directory), torch.device("cpu")
 torch.ones(4, dtype=dtype) @ torch.ones(4, dtype=dtype)
 before_kib, read_before = number("/proc/self/status", "VmRSS"), number("/proc/self/io", "rchar")
 if side == "language":
-    shapes = model = load_decoder(directory, config, LoadSettings(device, dtype))
+    model = load_decoder(directory, config, LoadSettings(device, dtype))
+    shapes = empty_decoder(model.config)
 else:
     model = load_tower(Checkpoint(directory), TowerConfig.of(config), device, dtype).tower
     shapes = empty_tower(model.config)
@@ -102,6 +103,6 @@ def measured(directory: Path, side: str, dtype: str) -> dict[str, Any]:
 def test_the_peak_is_the_weights_and_little_more(directory: Path, side: str, dtype: str) -> None:
     found = measured(directory, side, dtype)
     assert found["kept"] > 200e6
-    assert found["peak"] < 1.15 * found["kept"]
+    assert found["peak"] < 1.2 * found["kept"]
     # All of its own tensors once, none of the other side's.
     assert found["kept"] <= found["read"] < found["kept"] + (64 << 20)  # modules that are imported late are read too

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from shared import packed_linear
 from shared.checkpoint import Checkpoint, read_config
+from shared.packed_linear import PackedLinear, can_pack, pack_linears
 from tests.golden_cases import GOLDEN
-from vision_service.model import loader, packed
+from vision_service.model import loader
 from vision_service.model.loader import LoadedTower, load_tower
-from vision_service.model.packed import PackedLinear, can_pack, pack_linears
 from vision_service.model.tower import TowerConfig, VisionTower
 
 CPU = torch.device("cpu")
@@ -84,9 +85,9 @@ def test_a_packed_layer_keeps_no_second_copy_of_its_matrix() -> None:
     assert not [tensor for tensor in vars(layer).values() if tensor is matrix]
 
 
-def test_layers_that_narrow_stay_and_a_gelu_behind_a_packed_layer_becomes_part_of_it() -> None:
+def test_only_chosen_layers_are_packed_and_a_gelu_behind_one_becomes_part_of_it() -> None:
     model = TwoLayers()
-    assert list(pack_linears(model, rows=1)) == ["widen.weight"]
+    assert list(pack_linears(model, 1, lambda name, linear: name == "widen")) == ["widen.weight"]
     assert [type(child) for child in model.children()] == [PackedLinear, nn.Identity, nn.Linear]
 
 
@@ -95,7 +96,7 @@ def test_a_packed_model_computes_what_it_computed() -> None:
     model = TwoLayers().bfloat16().requires_grad_(False)
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     expected, matrices = model(rows), dict(model.named_parameters())
-    for name, hold in pack_linears(model, rows=5).items():
+    for name, hold in pack_linears(model, 5, lambda name, linear: True).items():
         hold(matrices[name])
     torch.testing.assert_close(model(rows), expected, atol=0.01, rtol=0.02)
 
@@ -135,13 +136,13 @@ def test_a_torch_without_the_operators_gets_a_plain_tower(
         def __getattr__(self, name: str) -> object:
             raise refusal(name)
 
-    monkeypatch.setattr(packed, "_operators", lambda: Missing())
-    packed._operators_work.cache_clear()
+    monkeypatch.setattr(packed_linear, "_operators", lambda: Missing())
+    packed_linear._operators_work.cache_clear()
     try:
         config = TowerConfig.of(read_config(TINY))
         loaded: LoadedTower = load_tower(Checkpoint(TINY), config, CPU, torch.bfloat16)
     finally:
-        packed._operators_work.cache_clear()
+        packed_linear._operators_work.cache_clear()
     assert not any(isinstance(module, PackedLinear) for module in loaded.tower.modules())
     with torch.inference_mode():
         assert torch.equal(loaded.tower(some_tiles()), tower(torch.bfloat16, plain=True)(some_tiles()))

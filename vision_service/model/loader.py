@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from blake3 import blake3
+from torch import nn
 
 from shared.checkpoint import Checkpoint
 from shared.digest import digest_of_fields
 from shared.errors import CheckpointError
+from shared.packed_linear import can_pack, pack_linears
 from shared.quantize import ModelWeights, Quantization, read_and_round, scheme_of
 from shared.weights import WeightPlan, unclaimed
 from vision_service.model.names import PREFIXES, weight_plan
-from vision_service.model.packed import can_pack, pack_linears
 from vision_service.model.tower import TowerConfig, VisionTower
 
 _BLOCK = re.compile(r"\.encoder\.layers?\.(\d+)\.")
@@ -57,12 +58,17 @@ def load_tower(
         prints[name].add(piece)
 
     weights = ModelWeights(checkpoint, plan, shapes, dtype, lambda name: device)
-    packs = pack_linears(tower, config.tokens_of_vit) if scheme is None and can_pack(device, dtype) else {}
+    packs = pack_linears(tower, config.tokens_of_vit, _widens) if scheme is None and can_pack(device, dtype) else {}
     kept = read_and_round(tower, "vision_model.encoder", scheme, weights, "loading_vision_tower", seen, packs)
     tower.load_state_dict(dict(kept), assign=True)
     by_name = [field for name in sorted(prints) for field in (name, prints[name].value(shapes[name]))]
     fingerprint = digest_of_fields(repr(config), *by_name, *([scheme.identity] if scheme else []))
     return LoadedTower(tower.eval().requires_grad_(False), fingerprint, device, dtype)
+
+
+def _widens(name: str, linear: nn.Linear) -> bool:
+    """Return whether a layer is faster packed: with a tile's rows, torch is the faster one at those that narrow."""
+    return linear.in_features <= linear.out_features
 
 
 def empty_tower(config: TowerConfig) -> VisionTower:

@@ -1,6 +1,7 @@
 """Linear layers whose matrices oneDNN keeps in an order of its own: for bfloat16 on CPUs.
 
-The operators are private to torch, and used nowhere else. Where they are missing or refuse, layers stay as they are.
+Imports torch, so it is for services with a model only. The operators are private to torch, and used nowhere else. Where
+they are missing or refuse, layers stay as they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,17 +21,24 @@ class PackedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, bias: nn.Parameter | None, rows: int, gelu: bool) -> None:
+    def __init__(self, bias: nn.Parameter | None, rows: int, gelu: bool = False) -> None:
         """`rows` is how many inputs there usually are in a call: any number is right, near ones are fastest."""
         super().__init__()
         self.register_parameter("bias", bias)
         self._rows = rows
         self._activation = "gelu" if gelu else "none"
         self._matrix: torch.Tensor | None = None
+        self._matrix_bytes = 0
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Memory of the matrix, which is none of the module's parameters."""
+        return self._matrix_bytes
 
     def hold(self, matrix: torch.Tensor) -> None:
         """Take a matrix [outputs, inputs] over; keeps nothing of it but the reordered copy."""
         self._matrix = _operators()._reorder_linear_weight(matrix, self._rows)
+        self._matrix_bytes = matrix.nbytes
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [..., outputs] for [..., inputs]."""
@@ -39,24 +47,39 @@ class PackedLinear(nn.Module):
         )
         return outputs
 
+    def added(self, inputs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Return the layer's outputs plus `other` of their shape, rounded once. Not for a layer with a GELU."""
+        outputs: torch.Tensor = _operators()._linear_pointwise.binary(inputs, other, self._matrix, self.bias, "add")
+        return outputs
 
-def pack_linears(model: nn.Module, rows: int) -> Mapping[str, Callable[[torch.Tensor], None]]:
-    """Replace the linear layers of a model that are faster packed; return, by their matrices' names, what takes each.
 
-    A `nn.GELU` that follows in the same module becomes part of its layer. Matrices with more inputs than outputs stay:
-    torch multiplies by them faster as they are.
+def added(linear: nn.Module, inputs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return what a linear layer of any kind makes of the inputs, plus `other`."""
+    if isinstance(linear, PackedLinear):
+        return linear.added(inputs, other)
+    outputs: torch.Tensor = linear(inputs)
+    return outputs.add_(other)
+
+
+def pack_linears(
+    model: nn.Module, rows: int, chosen: Callable[[str, nn.Linear], bool]
+) -> Mapping[str, Callable[[torch.Tensor], None]]:
+    """Replace the linear layers that are `chosen`, by path; return, by their matrices' names, what takes each.
+
+    A `nn.GELU` that follows in the same module becomes part of its layer.
     """
     holders: dict[str, Callable[[torch.Tensor], None]] = {}
     for path, owner in list(model.named_modules()):
         for (name, linear), (next_name, follower) in pairwise([*owner.named_children(), ("", None)]):
-            if not isinstance(linear, nn.Linear) or linear.in_features > linear.out_features:
+            full = f"{path}.{name}".removeprefix(".")
+            if not isinstance(linear, nn.Linear) or not chosen(full, linear):
                 continue
             gelu = isinstance(follower, nn.GELU) and follower.approximate == "none"
             packed = PackedLinear(linear.bias, rows, gelu)
             setattr(owner, name, packed)
             if gelu:
                 setattr(owner, next_name, nn.Identity())
-            holders[f"{path}.{name}.weight".removeprefix(".")] = packed.hold
+            holders[f"{full}.weight"] = packed.hold
     return holders
 
 
@@ -71,9 +94,11 @@ def _operators_work() -> bool:
     try:
         if not _operators()._is_mkldnn_bf16_supported():
             return False
-        layer = PackedLinear(None, rows=1, gelu=True)
-        layer.hold(torch.eye(32, dtype=torch.bfloat16))
-        return torch.equal(layer(torch.full((1, 32), 8.0, dtype=torch.bfloat16)), torch.full((1, 32), 8.0).bfloat16())
+        eights = torch.full((1, 32), 8.0, dtype=torch.bfloat16)
+        layer, plain = PackedLinear(None, rows=1, gelu=True), PackedLinear(None, rows=16)
+        for one in (layer, plain):
+            one.hold(torch.eye(32, dtype=torch.bfloat16))
+        return torch.equal(layer(eights), eights) and torch.equal(plain.added(eights, eights), 2 * eights)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
 
