@@ -49,10 +49,11 @@ def describe(error: InternVLError) -> str:
 
 
 def _commands() -> typer.Typer:
-    from internvl_client import cli_media
+    from internvl_client import cli_bench, cli_media
     from internvl_client.cli_commands import app
 
     cli_media.register(app)
+    cli_bench.register(app)
     import_module(_LOCAL_COMMANDS).register(app)
     return app
 

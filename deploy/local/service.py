@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from deploy.local.process import ChildProcess
 from internvl_client import Client, InternVLError
@@ -28,10 +28,21 @@ class Service:
         self, name: str, module: str, flags: Sequence[str], environment: Mapping[str, str], directory: Path
     ) -> None:
         self.name = name
+        self._module, self._flags, self._environment, self._directory = module, tuple(flags), environment, directory
         self._address_file = directory / f"{name}.address"
         self._ready = False
         command = [sys.executable, "-m", module, *flags, "--address-file", str(self._address_file)]
         self.process = ChildProcess(name, command, environment, directory / f"{name}.log")
+
+    def again(self) -> Self:
+        """Kill it, and start another one like it where it listened. Call it once it has an address."""
+        address = self.address
+        assert address is not None
+        self.process.kill()
+        self._address_file.unlink()
+        flags = list(self._flags)
+        flags[flags.index("--listen") + 1] = address
+        return type(self)(self.name, self._module, flags, self._environment, self._directory)
 
     @property
     def address(self) -> str | None:

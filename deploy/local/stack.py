@@ -143,6 +143,15 @@ class LocalStack:
             self.stop()
             raise
 
+    def restart(self, name: str, report: Report = lambda states: None) -> None:
+        """Kill a service, start it again at the same address, and return when it is ready; raise `StackError`."""
+        part = next(part for part in self._parts if part.name == name)
+        assert part.service is not None
+        part.service = part.service.again()
+        part.process, part.ready_after_s = part.service.process, None
+        deadline = time.monotonic() + self._options.start_timeout_s
+        self._wait_until(lambda states: all(state.state == "ready" for state in states), report, deadline)
+
     def wait(self) -> NoReturn:
         """Wait until a part stops by itself, and raise `StackError` then."""
         while True:
