@@ -219,7 +219,7 @@ async def _open_reader(
 
 def _step_limits(settings: LlmSettings) -> StepLimits:
     tokens, seconds = max(settings.max_batch_tokens, settings.max_sequences), settings.max_step_seconds
-    return StepLimits(tokens, seconds, 2.5 * seconds)
+    return StepLimits(tokens, seconds, 2 * seconds)
 
 
 def _load_settings(settings: LlmSettings) -> LoadSettings:

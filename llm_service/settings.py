@@ -41,9 +41,9 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
     max_sequences: int = Field(64, ge=1, description="sequences in one step")
     max_batch_tokens: int = Field(2048, ge=64, description="tokens in one step; longer prompts are read in chunks")
     max_step_seconds: float = Field(
-        0.2,
+        0.25,
         gt=0,
-        description="how long a step may take while answers are streamed, or 2.5 times that while none is: on slow "
+        description="how long a step may take while answers are streamed, or twice that while none is: on slow "
         "machines the chunks of prompts are smaller than max_batch_tokens, so that no stream stands still for longer",
     )
     stream_interval_seconds: float = Field(

@@ -71,11 +71,22 @@ def test_chunks_grow_with_the_machine() -> None:
     assert pace.room(8) == pytest.approx(192, abs=2)
 
 
-def test_a_step_of_a_few_tokens_says_nothing_of_prompts() -> None:
-    pace = Pace(StepLimits(1000))
-    pace.note(100, 1.0)
+def test_what_a_step_takes_at_least_is_left_out_of_the_room_for_prompts() -> None:
+    pace = Pace(StepLimits(1000, busy_s=0.3, idle_s=0.6))
+    pace.note(4, 0.1)
+    pace.note(100, 0.3)
+    assert pace.seconds_per_token == 0.003
+    assert pace.room(10) == pytest.approx(90, abs=1)  # 0.2 s at 2 ms a token, less the streams' own
+    assert pace.room(0) == pytest.approx(250, abs=1)
+
+
+def test_a_slow_step_of_a_few_tokens_does_not_make_prompts_free() -> None:
+    pace = Pace(StepLimits(1000, busy_s=2.0))
+    pace.note(4, 1.0)
+    pace.note(100, 0.4)
+    assert pace.room(1) == 999
     pace.note(4, 10.0)
-    assert pace.seconds_per_token == 0.01
+    assert pace.room(1) == 32
 
 
 def test_however_slow_the_machine_prompts_are_read() -> None:
