@@ -172,6 +172,14 @@ class RaisedSessions:
                     self._raised.add(name)
 
 
+def give_core(roots: Iterable[int], core: int) -> None:
+    """Have processes, their descendants and all their threads, with those to come, run on one core."""
+    for pid in tree(roots, processes()):
+        for task in (_PROC / str(pid) / "task").iterdir():
+            with suppress(OSError):  # it has just ended
+                os.sched_setaffinity(int(task.name), {core})
+
+
 def _raise(file: Path) -> None:
     # The kernel takes one change of an autogroup in 100 ms from whoever is not root, and any number from root.
     file.write_text(str(max(-20, _niceness(file) - _RAISED_BY)))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from benchmarks.machine import give_core
 from benchmarks.peers.peer import PeerError, Report
 from deploy.local.stack import LocalStack, PartState, StackError, StackOptions
 from internvl_client.async_client import AsyncClient
@@ -29,6 +30,12 @@ class OurSystem:
     def pids(self) -> tuple[int, ...]:
         """See `Peer`."""
         return tuple(process.pid for process in self._stack.processes.values()) if self._stack else ()
+
+    def separate(self) -> None:
+        """Give the LLM service one core, and everything else of the system another."""
+        assert self._stack is not None
+        for name, process in self._stack.processes.items():
+            give_core([process.pid], 0 if name == "llm" else 1)
 
     def start(self, checkpoint: Path, report: Report) -> str:
         """See `Peer`."""

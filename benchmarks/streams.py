@@ -4,7 +4,7 @@ The head of the line: a long answer runs, several new pictures arrive, then a qu
 the answer stand still, and how long does the question wait?
 
 --encode-beside: the time per token of running answers while new pictures are asked about one after another, and without
-them.
+them. With --own-cores our LLM service has one core in both cases, and everything else of our system another.
 
 --split-tax: the time to the first token of a question about a new picture through our services, and of the same code in
 one process, with a picture of one tile and one of twelve.
@@ -13,6 +13,7 @@ one process, with a picture of one tile and one of twelve.
 import argparse
 import asyncio
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -62,8 +63,11 @@ def report_beside(streams: Streams) -> None:
 def measure(arguments: argparse.Namespace) -> None:
     """Do what the command line asks; raise `PeerError`."""
     peers = peers_of(arguments)
-    if arguments.split_tax and not isinstance(peers[0], OurSystem):
-        raise PeerError("--split-tax measures our services: leave --without-us out.")
+    ours = peers[0]
+    if (arguments.split_tax or arguments.own_cores) and not isinstance(ours, OurSystem):
+        raise PeerError("--split-tax and --own-cores measure our services: leave --without-us out.")
+    if arguments.own_cores:
+        os.environ.update(dict.fromkeys(("LLM_THREADS", "VISION_THREADS"), "1"))
     with priority_of(arguments), ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         contenders = start_all(peers, arguments.model, runner, progress, raises=arguments.high_priority)
@@ -72,6 +76,8 @@ def measure(arguments: argparse.Namespace) -> None:
         for contender in contenders:
             progress(f"warming {contender.name} up")
             contender.warm_up(arguments.seed)
+        if arguments.own_cores and isinstance(ours, OurSystem):
+            ours.separate()
         streams = Streams(contenders, arguments.seed, arguments.rounds)
         taxes: dict[str, list[Tax]] = {}
         if not arguments.without_line:
@@ -120,6 +126,7 @@ def main() -> None:
     add_system_options(parser)
     parser.add_argument("--without-line", action="store_true", help="leave the head of the line out")
     parser.add_argument("--encode-beside", action="store_true", help="also measure tokens beside pictures")
+    parser.add_argument("--own-cores", action="store_true", help="our LLM service has a core of its own")
     parser.add_argument("--streams", type=int, default=4, help="running answers beside pictures (default: %(default)s)")
     parser.add_argument("--split-tax", action="store_true", help="also measure our services against one process")
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ from llm_service.engine.model_runner import ModelRunner
 from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, SamplingParams
 from llm_service.metrics import LlmMetrics
+from llm_service.model import flash_attention
 from llm_service.model.attention import KVCache
 from llm_service.model.decoder import Decoder
 from llm_service.model.loader import LoadSettings, load_decoder
@@ -37,6 +38,7 @@ from shared.erasures import heeding_erasures
 from shared.errors import CheckpointError
 from shared.local_cache import LocalEmbeddingCache
 from shared.metrics import NO_METRICS, Registry
+from shared.passing_thread import in_passing_thread
 from shared.redis_link import open_link
 from shared.rpc.handles import HandleSigner
 from shared.rpc.server import Application
@@ -46,6 +48,7 @@ from shared.tensors import resolve_device, resolve_dtype
 
 log = structlog.get_logger()
 _CPU_KV_CACHE_BYTES = 1 << 30
+_BLOCK_SIZE = 16
 _GPU_KV_CACHE_FRACTION = 0.85
 _WARM_UPS, _WARM_UP_TOKENS = 3, 64
 _SERVICE = llm_service_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name
@@ -63,14 +66,14 @@ async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_
         metrics = LlmMetrics.declared(registry)
 
         async def warm_up() -> None:
-            model = await asyncio.to_thread(LoadedModel, settings)
+            model = await in_passing_thread(LoadedModel, settings)
             engine = model.engine()
             engine.start(broken.set)
             stack.callback(engine.stop)
             metrics.engine.connect(engine.stats)
             prefixes.engine = engine
             await _warm_up(engine)
-            schemas = await asyncio.to_thread(model.schemas)
+            schemas = await in_passing_thread(model.schemas)
             admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
             servicer.answerer = Answerer(
                 model.facts(),
@@ -125,16 +128,15 @@ class LoadedModel:
 
     def runner(self) -> tuple[ModelRunner, BlockManager]:
         """Return a runner with a KV cache of its own, and the manager of the cache's blocks."""
-        settings, decoder = self._settings, self.decoder
-        num_blocks = self._num_blocks()
+        decoder, block_size, num_blocks = self.decoder, self._block_size, self._num_blocks()
         try:
-            cache = KVCache(decoder.config, num_blocks, settings.block_size, decoder.dtype, decoder.layer_devices)
+            cache = KVCache(decoder.config, num_blocks, block_size, decoder.dtype, decoder.layer_devices)
         except RuntimeError:  # torch's out of memory, on a CPU and on a GPU
             raise CheckpointError(
                 f"there is no memory for {num_blocks} blocks of KV cache; set kv_cache_bytes."
             ) from None
-        log.info("kv_cache_ready", tokens=num_blocks * settings.block_size)
-        return ModelRunner(decoder, cache), BlockManager(num_blocks, settings.block_size)
+        log.info("kv_cache_ready", tokens=num_blocks * block_size)
+        return ModelRunner(decoder, cache), BlockManager(num_blocks, block_size)
 
     def writer(self) -> PromptWriter:
         """Return what writes prompts in the model's template."""
@@ -156,13 +158,18 @@ class LoadedModel:
             stop_token_ids=_stop_token_ids(self._settings, self.config, self.template, self.tokenizer),
         )
 
+    @property
+    def _block_size(self) -> int:
+        has_flash = self.decoder.device.type == "cuda" and flash_attention.is_installed()
+        return self._settings.block_size or (flash_attention.BLOCK_SIZE if has_flash else _BLOCK_SIZE)
+
     def _num_blocks(self) -> int:
         settings, decoder = self._settings, self.decoder
         budget = settings.kv_cache_bytes or _CPU_KV_CACHE_BYTES
         if not settings.kv_cache_bytes and decoder.device.type == "cuda":
             torch.cuda.empty_cache()  # what loading needed besides the weights
             budget = int(self._free_cache_bytes() * _GPU_KV_CACHE_FRACTION)
-        block_bytes = KVCache.block_bytes(decoder.config, settings.block_size, decoder.dtype)
+        block_bytes = KVCache.block_bytes(decoder.config, self._block_size, decoder.dtype)
         if budget < block_bytes * 4:
             raise CheckpointError(f"kv_cache_bytes of {budget} is too little: a block of this model has {block_bytes}.")
         return budget // block_bytes
@@ -219,7 +226,7 @@ async def _open_reader(
 
 def _step_limits(settings: LlmSettings) -> StepLimits:
     tokens, seconds = max(settings.max_batch_tokens, settings.max_sequences), settings.max_step_seconds
-    return StepLimits(tokens, seconds, 2 * seconds)
+    return StepLimits(tokens, seconds, 5 * seconds)
 
 
 def _load_settings(settings: LlmSettings) -> LoadSettings:

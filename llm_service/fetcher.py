@@ -14,6 +14,7 @@ from llm_service.metrics import LlmMetrics
 from llm_service.prompt.dialogue import EmbeddingRef
 from llm_service.prompt.splice import PlaceholderRange, PromptTokens
 from shared.embedding import Embedding
+from shared.passing_thread import in_passing_thread
 from shared.tensors import tensor_of
 
 _INLINE_BYTES: Final = 256 << 10  # of an embedding that is converted on the event loop; larger ones go to a thread
@@ -76,7 +77,7 @@ class EmbeddingFetcher:
     async def _tensor(self, embedding: Embedding) -> torch.Tensor:
         if embedding.info.size_bytes <= _INLINE_BYTES:
             return tensor_of(embedding, self._dtype)
-        return await asyncio.to_thread(tensor_of, embedding, self._dtype)
+        return await in_passing_thread(tensor_of, embedding, self._dtype)
 
     def _size_bytes(self, ref: EmbeddingRef) -> int:
         return ref.token_count * ref.hidden_size * self._dtype.itemsize

@@ -34,16 +34,22 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
         ge=0,
         description="memory for keys and values; 0 takes 1 GiB on a CPU and 85 percent of what is free on a GPU",
     )
-    block_size: int = Field(16, ge=1, le=256, description="tokens of one block of the KV cache")
+    block_size: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="tokens of one block of the KV cache, the grain in which prompts are kept; 0 takes 16, or what "
+        "flash-attn reads, 256, where that is installed beside a GPU",
+    )
     max_context_tokens: int = Field(
         0, ge=0, description="most tokens of prompt and answer together; 0 takes the checkpoint's limit"
     )
     max_sequences: int = Field(64, ge=1, description="sequences in one step")
     max_batch_tokens: int = Field(2048, ge=64, description="tokens in one step; longer prompts are read in chunks")
     max_step_seconds: float = Field(
-        0.25,
+        0.2,
         gt=0,
-        description="how long a step may take while answers are streamed, or twice that while none is: on slow "
+        description="how long a step may take while answers are streamed, or five times that while none is: on slow "
         "machines the chunks of prompts are smaller than max_batch_tokens, so that no stream stands still for longer",
     )
     stream_interval_seconds: float = Field(

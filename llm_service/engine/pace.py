@@ -13,14 +13,14 @@ class StepLimits:
     """How large a step may be: in tokens, and in seconds while answers are being streamed and while none is."""
 
     max_tokens: int
-    busy_s: float = 0.25
-    idle_s: float = 0.5
+    busy_s: float = 0.2
+    idle_s: float = 1.0
 
 
 class Pace:
     """Learns from steps what one takes at least, and how much longer with every token of a prompt.
 
-    One thread only, but for `seconds_per_token`: what a token of a prompt takes in all. Zero means that nothing is known.
+    One thread only, but for `seconds_per_token`: what a token of a prompt takes in all, zero before anything is known.
     """
 
     def __init__(self, limits: StepLimits) -> None:

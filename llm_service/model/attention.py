@@ -106,6 +106,11 @@ class KVCache:
         """Return a layer's memory by slot; slot = block * block_size + place in the block."""
         return self._layers[layer]
 
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values by block, [blocks, block_size, kv_heads, head_dim] each."""
+        keys, values = self._blocks[layer].unbind(2)
+        return keys, values
+
     def write(self, layer: int, slots: torch.Tensor, keys_and_values: torch.Tensor) -> None:
         """Store [tokens, 2 * kv_heads * head_dim], all keys before all values, at their slots."""
         self._layers[layer].rows.index_copy_(0, slots, keys_and_values)

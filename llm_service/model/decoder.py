@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         rotation = Rotation.of(*rope.rotation(positions, lengths), hidden.dtype)
         for device, layers in self._runs:
             hidden, placed = hidden.to(device), rotation.to(device)
-            step = attention_for(device, hidden.dtype)(self.config, cache, layout.to(device))
+            step = attention_for(device, hidden.dtype, cache.block_size)(self.config, cache, layout.to(device))
             for layer in layers:
                 hidden = layer(hidden, placed, step)
         normed: torch.Tensor = self.norm(hidden)

@@ -115,8 +115,8 @@ def test_a_token_that_is_stored_is_read_back_from_its_slot() -> None:
 
 
 def test_a_cpu_gets_its_own_attention_and_other_devices_the_plain_one() -> None:
-    assert attention_for(CPU, torch.float32) is CpuAttention
-    assert attention_for(torch.device("cuda"), torch.bfloat16) is PlainAttention
+    assert attention_for(CPU, torch.float32, BLOCK) is CpuAttention
+    assert attention_for(torch.device("cuda"), torch.bfloat16, BLOCK) is PlainAttention
 
 
 @pytest.mark.parametrize("refusal", [AttributeError, RuntimeError, NotImplementedError, TypeError])
@@ -129,6 +129,6 @@ def test_a_torch_without_the_operator_attends_plainly(
     monkeypatch.setattr(cpu_attention, "_operator", missing)
     can_attend.cache_clear()
     try:
-        assert attention_for(CPU, torch.float32) is PlainAttention
+        assert attention_for(CPU, torch.float32, BLOCK) is PlainAttention
     finally:
         can_attend.cache_clear()

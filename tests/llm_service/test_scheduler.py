@@ -16,7 +16,7 @@ from tests.llm_service.fakes_llm import FakeRunner, continuation, request, runni
 from tests.llm_service.test_prefix_cache import said
 
 SECONDS_PER_TOKEN = 0.01
-LIMITS = StepLimits(100)
+LIMITS = StepLimits(100, busy_s=0.2, idle_s=0.5)
 
 
 class Scheduling:
