@@ -19,9 +19,12 @@ _SHOWN_CHARACTERS: Final = 300  # of an error's body
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What an event of a stream says: more text, and at the end the tokens that were counted."""
+    """What an event of a stream says: more text, and at the end the tokens that were counted.
 
-    text: str
+    Text may be empty where a token has come and no whole character: None is what no token came with.
+    """
+
+    text: str | None
     num_output_tokens: int | None = None
     num_prompt_tokens: int | None = None
     num_cached_tokens: int | None = None
@@ -34,7 +37,9 @@ def parse_chunk(data: str) -> Chunk:
         if content.get("error"):
             raise TargetError(f"the server ended the answer: {str(content['error'])[:_SHOWN_CHARACTERS]}")
         choices = content.get("choices") or [{}]
-        text = (choices[0].get("delta") or {}).get("content") or ""
+        delta = choices[0].get("delta") or {}
+        # The first event opens the answer, with a role and an empty text, before there is a token.
+        text = None if "role" in delta and not delta.get("content") else delta.get("content")
         usage = content.get("usage") or {}
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         return Chunk(text, usage.get("completion_tokens"), usage.get("prompt_tokens"), cached)
@@ -110,11 +115,11 @@ class _OpenAiDialogue:
     async def ask(self, question: Question, num_output_tokens: int, on_text: OnText = lambda: None) -> Exchange:
         self._messages.append(message_of(question))
         texts: list[str] = []
-        counted = Chunk("")
+        counted = Chunk(None)
         watch = Stopwatch()
         async for chunk in self._target.complete(self._messages, num_output_tokens):
-            if chunk.text:
-                watch.note_text()
+            if chunk.text is not None:
+                watch.note_piece()
                 on_text()
                 texts.append(chunk.text)
             if chunk.num_output_tokens is not None:

@@ -10,7 +10,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Times in seconds since the question was sent: of every piece of text as it came, and of the end.
+    """Times in seconds since the question was sent: of every piece of the answer as it came, and of the end.
+
+    A piece without text counts: a token has come, but no whole character yet, or white space that may be the last.
 
     Token counts are the server's own; None where it does not tell. `error` says why there is no answer.
     """
@@ -24,7 +26,7 @@ class Exchange:
 
     @property
     def ttft_s(self) -> float:
-        """Time to the first text; of an answer without text, to its end."""
+        """Time to the first piece; of an answer without any, to its end."""
         return self.piece_times_s[0] if self.piece_times_s else self.total_s
 
     @property
@@ -36,7 +38,7 @@ class Exchange:
 
     @property
     def longest_gap_s(self) -> float | None:
-        """The longest wait between two pieces of text."""
+        """The longest wait between two pieces."""
         return max((after - before for before, after in pairwise(self.piece_times_s)), default=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,8 +61,8 @@ class Stopwatch:
         self._started = time.perf_counter()
         self._pieces: list[float] = []
 
-    def note_text(self) -> None:
-        """Note that a piece of text has come."""
+    def note_piece(self) -> None:
+        """Note that a piece has come."""
         self._pieces.append(time.perf_counter() - self._started)
 
     def finished(

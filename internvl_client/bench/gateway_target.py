@@ -68,9 +68,8 @@ class _GatewayDialogue:
 
 
 async def _watched(stream: AsyncAnswerStream, watch: Stopwatch, on_text: OnText) -> Exchange:
-    async for delta in stream:
-        if delta.text:
-            watch.note_text()
-            on_text()
+    async for _ in stream:
+        watch.note_piece()
+        on_text()
     usage = (await stream.answer()).usage
     return watch.finished(usage.num_output_tokens, usage.num_prompt_tokens, usage.num_cached_tokens)

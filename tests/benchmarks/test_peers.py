@@ -33,10 +33,11 @@ def test_an_event_that_is_not_complete_is_not_given() -> None:
 @pytest.mark.parametrize(
     ("event", "chunk"),
     [
-        ({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, Chunk("")),
+        ({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, Chunk(None)),
+        ({"choices": [{"delta": {"content": ""}}]}, Chunk("")),
         ({"choices": [{"delta": {"content": "cat"}}], "usage": None}, Chunk("cat")),
-        ({"choices": [], "usage": USAGE}, Chunk("", 4, 20, 16)),
-        ({"choices": [{"delta": None}], "usage": {"completion_tokens": 4}}, Chunk("", 4)),
+        ({"choices": [], "usage": USAGE}, Chunk(None, 4, 20, 16)),
+        ({"choices": [{"delta": None}], "usage": {"completion_tokens": 4}}, Chunk(None, 4)),
     ],
 )
 def test_chunks_say_text_and_counted_tokens(event: dict[str, Any], chunk: Chunk) -> None:
