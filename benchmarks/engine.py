@@ -26,9 +26,9 @@ from benchmarks.command import (
 from benchmarks.contender import Contender, MeasuredRound, start_all
 from benchmarks.engine_report import figures, panels, report, report_starts
 from benchmarks.peers.peer import PeerError
-from benchmarks.table import text
 from internvl_client.bench import SCENARIOS, Summary, Workload
 from internvl_client.bench.scenarios import DESCRIPTIONS
+from internvl_client.cli_bench_output import text_of
 
 COLD: Final = Workload("cold", pictures=1)
 _START: Final = "start"
@@ -78,7 +78,7 @@ def _tell(workload: Workload, index: int, contender: Contender, measured: Measur
     failed = f"  {summary.num_failed} FAILED" if summary.num_failed else ""
     progress(
         f"{workload.name:<10} round {index + 1}  {contender.name:<17}{measured.round.wall_s:6.1f} s"
-        f"  first token {text(summary.ttft_s)} s{failed}"
+        f"  first token {text_of(summary.ttft_s)} s{failed}"
     )
 
 

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from benchmarks.chart import Group, Panel
 from benchmarks.contender import Contender
-from benchmarks.table import text
 from internvl_client.bench import Spread, Summary, Workload
+from internvl_client.cli_bench_output import HEADINGS, cells_of, text_of
 
-_HEADINGS: Final = ("first token s", "per token ms", "longest gap ms", "requests/s", "tokens/s", "prompt", "others")
+_HEADINGS: Final = (*HEADINGS, "prompt", "others")
 _COLUMN_WIDTHS: Final = (20, 20, 20, 19, 22, 16, 6)
 
 
@@ -24,21 +24,13 @@ def report(contenders: Sequence[Contender], workloads: Sequence[Workload]) -> No
                 print(f"{'':<11}{count} of {summary.num_asked} failed: {failure}")
         if workload.turns > 1:
             for contender in contenders:
-                turns = ", ".join(text(spread) for spread in contender.summary(workload.name).turn_ttft_s)
+                turns = ", ".join(text_of(spread) for spread in contender.summary(workload.name).turn_ttft_s)
                 print(f"{'':<11}{contender.name:<18}first token by turn, s: {turns}")
     print("\nMedian [least-most]. others: the most cores that other processes had during a round.")
 
 
 def _cells(summary: Summary, others_cores: float) -> tuple[str, ...]:
-    return (
-        text(summary.ttft_s),
-        text(summary.tpot_s, 1e3, 1),
-        text(summary.gap_s, 1e3, 0),
-        text(summary.requests_per_s),
-        text(summary.output_tokens_per_s, 1, 1),
-        text(summary.prompt_tokens, 1, 0),
-        f"{others_cores:.2f}",
-    )
+    return (*cells_of(summary), text_of(summary.prompt_tokens, 1, 0), f"{others_cores:.2f}")
 
 
 def _row(workload: str, name: str, cells: Sequence[str]) -> str:

@@ -3,13 +3,9 @@
 from collections.abc import Iterable
 
 from internvl_client.bench import Spread
-
-
-def text(spread: Spread | None, scale: float = 1.0, digits: int = 2) -> str:
-    """Return a spread, or "-" where there is none."""
-    return spread.text(scale, digits) if spread else "-"
+from internvl_client.cli_bench_output import text_of
 
 
 def text_of_all(values: Iterable[float | None], scale: float = 1.0, digits: int = 2) -> str:
     """Return the spread of values."""
-    return text(Spread.of(values), scale, digits)
+    return text_of(Spread.of(values), scale, digits)

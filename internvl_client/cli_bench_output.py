@@ -8,17 +8,17 @@ from rich.console import Console
 from internvl_client.bench import Spread, Summary, Workload
 
 Measured = list[tuple[Workload, Summary]]
-_HEADINGS: Final = ("", "first token s", "per token ms", "longest gap ms", "requests/s", "tokens/s")
+HEADINGS: Final = ("first token s", "per token ms", "longest gap ms", "requests/s", "tokens/s")
 _WIDTHS: Final = (11, 18, 18, 16, 18, 22)
 
 
 def show_summaries(console: Console, measured: Measured, rounds: int, seed: int) -> None:
     """Print a line per workload, and one for the turns of its dialogues or its failures where it has any."""
-    console.print(_row(_HEADINGS), style="bold")
+    console.print(_row(["", *HEADINGS]), style="bold")
     for workload, summary in measured:
-        console.print(_row([workload.name, *_cells(summary)]))
+        console.print(_row([workload.name, *cells_of(summary)]))
         if workload.turns > 1:
-            turns = ", ".join(map(_text, summary.turn_ttft_s))
+            turns = ", ".join(map(text_of, summary.turn_ttft_s))
             console.print(_row(["", f"first token by turn, s: {turns}"]))
         for failure, count in summary.failures.items():
             console.print(_row(["", f"{count} of {summary.num_asked} failed: {failure}"]))
@@ -31,17 +31,19 @@ def figures(measured: Measured, rounds: int, seed: int) -> dict[str, Any]:
     return {"seed": seed, "rounds": rounds, "workloads": workloads}
 
 
-def _cells(summary: Summary) -> tuple[str, ...]:
+def cells_of(summary: Summary) -> tuple[str, ...]:
+    """Return the cells of a workload's line."""
     return (
-        _text(summary.ttft_s),
-        _text(summary.tpot_s, 1e3, 1),
-        _text(summary.gap_s, 1e3, 0),
-        _text(summary.requests_per_s),
-        _text(summary.output_tokens_per_s, 1, 1),
+        text_of(summary.ttft_s),
+        text_of(summary.tpot_s, 1e3, 1),
+        text_of(summary.gap_s, 1e3, 0),
+        text_of(summary.requests_per_s),
+        text_of(summary.output_tokens_per_s, 1, 1),
     )
 
 
-def _text(spread: Spread | None, scale: float = 1.0, digits: int = 2) -> str:
+def text_of(spread: Spread | None, scale: float = 1.0, digits: int = 2) -> str:
+    """Return a spread, or "-" where there is none."""
     return spread.text(scale, digits) if spread else "-"
 
 

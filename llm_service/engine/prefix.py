@@ -51,7 +51,7 @@ class PrefixKeys:
     def _extras(self, request: EngineRequest, first: int, end: int) -> Iterator[bytes]:
         """Yield, block by block, what tells tokens of the same ids apart; empty for text that stands at its index."""
         num_prompt = len(request.prompt.ids)
-        rotation = pack("<q", self._rotation_of(num_prompt)) if self._rotation_of(num_prompt) else b""
+        rotation = self._rotation_of(num_prompt)
         for block in range(first, end):
             start = block * self._block_size
             stop = start + self._block_size
@@ -60,7 +60,7 @@ class PrefixKeys:
                 # Behind the prompt the positions go on by one a token: the prompt's last one says where.
                 parts.append(b"p" + request.positions[min(start, num_prompt - 1) : stop].numpy().tobytes())
             if rotation and start < num_prompt:
-                parts.append(b"r" + rotation + pack("<i", min(stop, num_prompt) - start))
+                parts.append(b"r" + pack("<qi", rotation, min(stop, num_prompt) - start))
             yield b"".join(parts)
 
 

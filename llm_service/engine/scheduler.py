@@ -36,7 +36,7 @@ class Scheduler:
     machine to itself: a short one that comes soon after a long one is not held up by it, and none waits for ever.
 
     `copy(source, target)` copies a block of the cache at once. `want(sequence, placeholders)` is told when a sequence
-    needs embeddings that it has not; it then waits for `provide`.
+    needs embeddings that it has not; it then waits while it `is_fetching`.
     """
 
     def __init__(
@@ -177,12 +177,13 @@ class Scheduler:
 
     def _fetch_for(self, seq: Sequence, num_found: int) -> bool:
         """Ask for what the sequence lacks if so many of its blocks are in the cache; return whether that was needed."""
-        lacking = seq.lacks(num_found * self._blocks.block_size)
-        if lacking:
-            seq.drop_embeddings()
-            seq.is_fetching = True
-            self._want(seq, seq.lacks(num_found * self._blocks.block_size))
-        return bool(lacking)
+        num_computed = num_found * self._blocks.block_size
+        if not seq.lacks(num_computed):
+            return False
+        seq.drop_embeddings()
+        seq.is_fetching = True
+        self._want(seq, seq.lacks(num_computed))
+        return True
 
     def _num_claimed(self) -> int:
         """Return how many run or will once their prompt is read."""
