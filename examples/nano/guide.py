@@ -2,7 +2,8 @@
 
 Answers alone say little about where a model should look. In training a guide therefore reads the visual tokens, through
 one linear layer that is thrown away afterwards, and asks of each patch: what shape, colour or letter is here, which
-letter of the text is it, is this the middle of something, and where does it end.
+letter of the text is it, is this the middle of something, and where does it end. Ends are asked for twice: as numbers,
+and as places on a ruler, because an answer spells a box in digits and a decoder finds those from places far sooner.
 """
 
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ _WHOLE: Final = (0.0, 0.0, 1.0, 1.0)
 _POINTS: Final = (1 / 6, 1 / 2, 5 / 6)  # of a patch, both ways
 # Where nothing of a kind is there counts less: it is most of every picture.
 _EMPTY_WEIGHT, _BOX_WEIGHT = 0.1, 4.0
+_RULER_STEPS: Final = 20
 
 Labels = npt.NDArray[np.int64]
 Boxes = npt.NDArray[np.float32]
@@ -125,8 +127,10 @@ class Guide(nn.Module):
         super().__init__()
         self._factor = shuffle_factor
         self.read = nn.Linear(hidden_size, shuffle_factor**2 * (sum(CLASSES) + 4))
-        nn.init.normal_(self.read.weight, std=0.02)
-        nn.init.zeros_(self.read.bias)
+        self.ruler = nn.Linear(hidden_size, shuffle_factor**2 * 4 * (_RULER_STEPS + 1))
+        for linear in (self.read, self.ruler):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, visual_tokens: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Return the loss of visual tokens [tiles * tokens, hidden] against what `what_is_seen` says of the tiles."""
@@ -140,8 +144,10 @@ class Guide(nn.Module):
             weights = torch.where(known[:, field] > 0, 1.0, _EMPTY_WEIGHT)
             each = functional.cross_entropy(said[field], known[:, field], reduction="none", ignore_index=UNKNOWN)
             loss = loss + (each * weights).sum() / weights.sum()
-        distances = (said[-1] - self._by_token(boxes)).abs().mean(dim=-1)
-        return loss + _BOX_WEIGHT * (distances * shown).sum() / shown.sum().clamp(min=1)
+        ends = self._by_token(boxes)
+        on_ruler = self.ruler(tokens).view(len(ends), 4, -1).float()
+        distances = _BOX_WEIGHT * (said[-1] - ends).abs() + _ruler_loss(on_ruler, ends)
+        return loss + (distances.mean(dim=-1) * shown).sum() / shown.sum().clamp(min=1)
 
     def _by_token(self, of_patches: torch.Tensor) -> torch.Tensor:
         """Return [tiles * patches, fields] in the order in which tokens merge patches."""
@@ -149,6 +155,20 @@ class Guide(nn.Module):
         side = round(count**0.5) // self._factor
         cells = of_patches.view(tiles, side, self._factor, side, self._factor, fields)
         return cells.transpose(2, 3).reshape(-1, fields)
+
+
+def _ruler_loss(said: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return how far logits over the marks of a ruler [..., marks] are from `ends` [...], in 0 to 1.
+
+    An end between two marks is partly at each of them; the loss is zero where exactly that is said.
+    """
+    place = ends * _RULER_STEPS
+    mark = place.floor().clamp(max=_RULER_STEPS - 1)
+    after = place - mark
+    parts = torch.stack((1 - after, after), dim=-1)
+    marks = torch.stack((mark, mark + 1), dim=-1).long()
+    likely = functional.log_softmax(said, dim=-1).gather(-1, marks)
+    return (torch.special.xlogy(parts, parts) - parts * likely).sum(dim=-1)
 
 
 def _parts(scene: Scene) -> Iterator[_Part]:

@@ -184,3 +184,9 @@ def test_the_demo_draws_the_same_pictures_every_time() -> None:
         for name, scene in one.pictures.items():
             assert draw(scene).tobytes() == draw(other.pictures[name]).tobytes()
     assert [answer for _, answer in next(iter(islice(demos(), 1))).dialogue][1:] == ["bottom middle", "green"]
+
+
+def test_a_picture_that_allows_no_question_is_drawn_again() -> None:
+    undoubted = situation(1, 141_116)
+    assert undoubted.dialogues
+    assert undoubted == situation(1, 141_116)

@@ -118,6 +118,11 @@ def request(asked: pb.Prompt, **config: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=asked, generation_config=generation_config, return_token_ids=True)
 
 
+async def text_of(call: Any) -> str:
+    """Return the whole answer; in how many pieces it comes is a matter of time."""
+    return "".join([event.delta.text async for event in call])
+
+
 async def error_of(call: Any) -> ServiceError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:

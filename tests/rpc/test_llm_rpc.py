@@ -33,6 +33,7 @@ from tests.rpc.llm_calls import (
     prompt,
     request,
     running,
+    text_of,
     vision,
 )
 
@@ -128,10 +129,10 @@ async def test_bad_requests_are_documented_errors_and_change_nothing(tmp_path: P
         (request(prompt("word " * 400)), PromptTooLong),
     ]
     async with running(tmp_path, max_context_tokens=256) as stub:
-        before = [event.delta.text async for event in stub.Generate(request(prompt("Hi")))]
+        before = await text_of(stub.Generate(request(prompt("Hi"))))
         for asked, kind in bad:
             assert type(await error_of(stub.Generate(asked))) is kind
-        assert [event.delta.text async for event in stub.Generate(request(prompt("Hi")))] == before
+        assert await text_of(stub.Generate(request(prompt("Hi")))) == before
 
 
 async def test_a_cancelled_call_makes_room_for_the_next(tmp_path: Path) -> None:

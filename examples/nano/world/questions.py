@@ -160,6 +160,6 @@ MAKERS: tuple[tuple[Maker, float], ...] = (
     (count, 2.0),
     (position, 2.0),
     (presence, 1.2),
-    (grounding, 1.6),
-    (absent, 0.5),
+    (grounding, 5.0),
+    (absent, 0.7),
 )

@@ -133,7 +133,7 @@ WRITING_MAKERS: tuple[tuple[Maker, float], ...] = (
     (writing_colour, 0.7),
     (writing_position, 0.7),
     (writing_presence, 0.6),
-    (writing_grounding, 0.8),
+    (writing_grounding, 1.2),
     (describe, 0.6),
 )
 CHART_MAKERS: tuple[tuple[Maker, float], ...] = (

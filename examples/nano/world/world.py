@@ -23,7 +23,8 @@ def situation(seed: int, index: int, config: WorldConfig = FULL) -> Situation:
     """Return the situation with this number, up to `MAX_DIALOGUES` dialogues."""
     rng = generator(seed, index)
     sort = _SORTS[weighted(rng, [getattr(config.weights, name) for name in _SORTS])]
-    found = _BUILDERS[sort](rng, config)
+    while not (found := _BUILDERS[sort](rng, config)).dialogues:
+        pass  # nothing can be asked about these pictures without doubt: draw others
     system_message = pick(rng, wording.SYSTEM_MESSAGES) if chance(rng, 0.1) else None
     return replace(found, system_message=system_message)
 
