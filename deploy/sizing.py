@@ -89,11 +89,20 @@ def kv_bytes_per_token(config: DecoderConfig) -> int:
     return config.num_layers * 2 * config.num_kv_heads * config.head_dim * _WIDE
 
 
+def released() -> list[Sizing]:
+    """Return what each released model takes."""
+    return [sizing_of(row) for row in _rows()]
+
+
 def document() -> str:
     """Return the text of docs/models.md."""
-    names = json.loads((ROWS / "index.json").read_text(encoding="utf-8"))
-    rows = [json.loads(gzip.decompress((ROWS / f"{name}.json.gz").read_bytes())) for name in names]
+    rows = _rows()
     return _TEXT.format(table=_table([sizing_of(row) for row in rows]), tokens=_tokens_per_tile(rows[0]["config"]))
+
+
+def _rows() -> list[dict[str, Any]]:
+    names = json.loads((ROWS / "index.json").read_text(encoding="utf-8"))
+    return [json.loads(gzip.decompress((ROWS / f"{name}.json.gz").read_bytes())) for name in names]
 
 
 def _weights(shapes: Mapping[str, list[int]], matrix_bytes: int) -> int:

@@ -1,0 +1,1 @@
+"""Dashboards for Grafana, written by `python -m deploy.grafana.dashboards`."""

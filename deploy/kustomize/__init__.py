@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes, and what computes parts of them."""
