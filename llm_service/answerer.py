@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TypeVar
 
 import structlog
 import torch
@@ -25,6 +26,7 @@ from llm_service.engine.sequence import (
     TokenOutput,
 )
 from llm_service.fetcher import EmbeddingFetcher, Transfer
+from llm_service.fitting import Fitted, fitted
 from llm_service.metrics import UNOBSERVED, LlmMetrics
 from llm_service.prompt.dialogue import Dialogue
 from llm_service.prompt.positions import ORDINARY_STRIDE, positions
@@ -33,17 +35,22 @@ from llm_service.prompt.text_stream import TextStream
 from llm_service.prompt.writer import PromptWriter
 from llm_service.schema.compiler import SchemaCompiler
 from llm_service.scoring import probe_of
+from shared import tracing
 from shared.errors import EmbeddingIncompatible, PromptTooLong
 from shared.rpc.deadline import remaining_s
 
 log = structlog.get_logger()
+T = TypeVar("T")
 _INLINE_CHARACTERS = 8_192  # what is tokenized on the event loop; longer prompts go to a thread
 _CHARACTERS_PER_TOKEN = 16  # far above what any language needs; text with more cannot fit and is not even tokenized
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How an answer is decoded, beyond the sampling of single tokens. `json_schema` empty: any text will do."""
+    """How an answer is decoded, beyond the sampling of single tokens. `json_schema` empty: any text will do.
+
+    `drops_oldest_turns`: where the context does not hold prompt and answer, the oldest turns are left out.
+    """
 
     sampling: SamplingParams
     stop_sequences: tuple[str, ...] = ()
@@ -54,13 +61,15 @@ class GenerationOptions:
     include_special_tokens: bool = False
     tells_logprobs: bool = False
     priority: Priority = Priority.INTERACTIVE
+    drops_oldest_turns: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The prompt was accepted."""
+    """The prompt was accepted, without the oldest `num_dropped` turns."""
 
     prompt: PromptTokens
+    num_dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +138,17 @@ class Answerer:
         form for, and `PromptTooLong` where it is plain without looking closer that the context cannot hold the prompt.
         """
         self._check(dialogue)
-        if dialogue.num_characters <= _INLINE_CHARACTERS:
-            return self._writer.write(dialogue)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._writer.write, dialogue)
+        return await self._written(self._writer.write, dialogue, dialogue.num_characters)
+
+    async def tokenize_text(self, text: str) -> PromptTokens:
+        """Return the tokens of plain text, without a template; raise `PromptTooLong` as `tokenize` does."""
+        self._check_characters(len(text), "text")
+        return await self._written(self._writer.write_text, text, len(text))
+
+    @property
+    def max_tokens(self) -> int:
+        """What the context holds, prompt and answer together."""
+        return self._engine.max_tokens
 
     async def answer(self, dialogue: Dialogue, options: GenerationOptions) -> AsyncGenerator[Event]:
         """Yield one `Started`, any number of `Delta`, one `Finished`. Closing the iterator aborts the answer.
@@ -141,7 +158,8 @@ class Answerer:
         """
         clock = _Clock(self._metrics)
         with self._admission.answer(options.num_candidates):
-            prompt = await self.tokenize(dialogue)
+            left = await self._fitted(dialogue, options)
+            dialogue, prompt = left.dialogue, left.prompt
             self._check_length(len(prompt.ids))
             constraint = await self._constraint(options)
             async with self._fetcher(prompt) as fetcher:
@@ -155,8 +173,9 @@ class Answerer:
                     fetch=fetcher.fetch,
                     priority=options.priority,
                     deadline=_deadline(),
+                    tenant=dialogue.tenant,
                 )
-                yield Started(prompt)
+                yield Started(prompt, left.num_dropped)
                 decode = self._decode if options.num_beams == 1 else self._search
                 async with aclosing(decode(request, options, dialogue, clock)) as events:
                     async for event in events:
@@ -178,7 +197,15 @@ class Answerer:
             probe = probe_of(self._writer, dialogue, prompt, choices)
             async with self._fetcher(prompt) as fetcher:
                 params = SamplingParams(max_output_tokens=1)
-                request = EngineRequest(prompt, (), params, probe=probe, fetch=fetcher.fetch, deadline=_deadline())
+                request = EngineRequest(
+                    prompt,
+                    (),
+                    params,
+                    probe=probe,
+                    fetch=fetcher.fetch,
+                    deadline=_deadline(),
+                    tenant=dialogue.tenant,
+                )
                 return (await self._engine.probe(request)).probabilities
 
     async def _decode(
@@ -255,6 +282,18 @@ class Answerer:
             include_special_tokens=options.include_special_tokens,
         )
 
+    async def _written(self, write: Callable[[T], PromptTokens], what: T, num_characters: int) -> PromptTokens:
+        if num_characters <= _INLINE_CHARACTERS:
+            return write(what)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, write, what)
+
+    async def _fitted(self, dialogue: Dialogue, options: GenerationOptions) -> Fitted:
+        if not options.drops_oldest_turns:
+            return Fitted(dialogue, await self.tokenize(dialogue))
+        limit = self._engine.max_tokens
+        # Whoever asks for a very long answer is not to lose the whole past for it.
+        return await fitted(dialogue, self.tokenize, limit - min(options.sampling.max_output_tokens, limit // 2))
+
     def _check(self, dialogue: Dialogue) -> None:
         """Refuse what cannot be right or cannot fit, before anything is built for it."""
         for ref in set(dialogue.embeddings):
@@ -262,11 +301,13 @@ class Answerer:
             if ref.hidden_size != self.facts.hidden_size or ref.token_count != rows:
                 raise EmbeddingIncompatible("The embedding was made for another model than this one.")
         self._check_length(dialogue.num_visual_tokens)
+        self._check_characters(dialogue.num_characters, "prompt")
+
+    def _check_characters(self, num_characters: int, field: str) -> None:
         limit = self._engine.max_tokens
-        if dialogue.num_characters > limit * _CHARACTERS_PER_TOKEN:
+        if num_characters > limit * _CHARACTERS_PER_TOKEN:
             raise PromptTooLong(
-                f"The prompt has {dialogue.num_characters} characters; the context holds {limit} tokens.",
-                field="prompt",
+                f"The prompt has {num_characters} characters; the context holds {limit} tokens.", field=field
             )
 
     def _check_length(self, num_tokens: int) -> None:
@@ -315,6 +356,10 @@ class _Clock:
             self._queue_s, self._prefill_s = output.queue_s or 0.0, output.prefill_s or 0.0
             self._num_cached = output.num_cached or 0
             self._metrics.note_first_token(self._queue_s, self._prefill_s, self._first_token_time - self._arrived)
+            read_at = self._first_token_time - self._prefill_s
+            tracing.record("queue", read_at - self._queue_s, read_at, {})
+            cached = {"gen_ai.usage.cache_read.input_tokens": self._num_cached}
+            tracing.record("prefill", read_at, self._first_token_time, cached)
 
     def finished(self, candidates: list[CandidateResult]) -> Finished:
         decode_s = time.monotonic() - (self._first_token_time or self._began)
@@ -322,6 +367,8 @@ class _Clock:
         counts = [candidate.num_output_tokens for candidate in candidates]
         if self._first_token_time is not None:  # there is none in a search over beams
             self._metrics.note_decoded(decode_s, max(counts))
+            written = {"gen_ai.usage.output_tokens": sum(counts)}
+            tracing.record("decode", self._first_token_time, self._first_token_time + decode_s, written)
         return Finished(
             likeliest.reason,
             sum(counts),

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -39,12 +39,15 @@ from shared.errors import CheckpointError
 from shared.local_cache import LocalEmbeddingCache
 from shared.metrics import NO_METRICS, Registry
 from shared.passing_thread import in_passing_thread
-from shared.redis_link import open_link
+from shared.redis_link import RedisLink, open_link
 from shared.rpc.handles import HandleSigner
 from shared.rpc.server import Application
+from shared.service_status import ModelStatus, ProcessStatus
+from shared.stall import Progress
 from shared.store import open_embedding_store
 from shared.store_metrics import StoreMetrics
 from shared.tensors import resolve_device, resolve_dtype
+from shared.tls_files import watched
 
 log = structlog.get_logger()
 _CPU_KV_CACHE_BYTES = 1 << 30
@@ -59,20 +62,26 @@ async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_
     """Yield the service; the model is loaded by its warm-up. Everything that was opened is closed at the end."""
     async with AsyncExitStack() as stack:
         prefixes = KeptPrefixes()
-        reader = await _open_reader(settings, stack, StoreMetrics.declared(registry), prefixes)
+        store_metrics = StoreMetrics.declared(registry)
+        link = await stack.enter_async_context(open_link(settings, store_metrics))
+        reader = await _open_reader(settings, link, stack, store_metrics, prefixes)
         signer = HandleSigner(settings.embedding_key.get_secret_value())
-        servicer = LlmServicer(settings.default_output_tokens, signer)
+        process = ProcessStatus(link.redis if link else None)
+        servicer = LlmServicer(settings.default_output_tokens, signer, process)
         broken = asyncio.Event()
+        parts: list[Callable[[], Progress]] = []
         metrics = LlmMetrics.declared(registry)
 
         async def warm_up() -> None:
             model = await in_passing_thread(LoadedModel, settings)
+            process.model = model.status()
             engine = model.engine()
             engine.start(broken.set)
             stack.callback(engine.stop)
             metrics.engine.connect(engine.stats)
             prefixes.engine = engine
             await _warm_up(engine)
+            parts.append(engine.progress)
             schemas = await in_passing_thread(model.schemas)
             admission = Admission(settings.max_open_requests, settings.max_embedding_bytes)
             servicer.answerer = Answerer(
@@ -91,6 +100,7 @@ async def lifespan(settings: LlmSettings, address: str, registry: Registry = NO_
             services=[_SERVICE],
             warm_up=warm_up,
             broken=broken,
+            parts=parts,
         )
 
 
@@ -158,6 +168,12 @@ class LoadedModel:
             stop_token_ids=_stop_token_ids(self._settings, self.config, self.template, self.tokenizer),
         )
 
+    def status(self) -> ModelStatus:
+        """Return what is said of the model where somebody asks how the service is."""
+        devices = ",".join(dict.fromkeys(map(str, self.decoder.layer_devices)))
+        dtype = str(self.decoder.dtype).removeprefix("torch.")
+        return ModelStatus(self.config.name, self.config.hidden_size, self.config.tokens_per_tile, dtype, devices)
+
     @property
     def _block_size(self) -> int:
         has_flash = self.decoder.device.type == "cuda" and flash_attention.is_installed()
@@ -211,11 +227,14 @@ async def _warm_up(engine: PagedEngine) -> None:
 
 
 async def _open_reader(
-    settings: LlmSettings, stack: AsyncExitStack, metrics: StoreMetrics, prefixes: KeptPrefixes
+    settings: LlmSettings,
+    link: RedisLink | None,
+    stack: AsyncExitStack,
+    metrics: StoreMetrics,
+    prefixes: KeptPrefixes,
 ) -> EmbeddingReader:
-    link = await stack.enter_async_context(open_link(settings, metrics))
     store = await stack.enter_async_context(open_embedding_store(link, settings))
-    vision = VisionReplicas(settings.max_message_bytes)
+    vision = VisionReplicas(settings.max_message_bytes, watched(settings.stage_tls))
     stack.push_async_callback(vision.aclose)
     cache = LocalEmbeddingCache(settings.local_cache_bytes, metrics)
     metrics.cache_bytes.follow(lambda: cache.size_bytes, cache="embeddings")

@@ -1,6 +1,7 @@
 """The LLM service's client of the vision replicas: streams an embedding from the one that made it."""
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,16 +17,20 @@ from shared.errors import EmbeddingNotFound
 from shared.rpc.channel import open_channel
 from shared.rpc.deadline import outgoing
 from shared.rpc.messages import DATA_TYPE_OF_MESSAGE
+from shared.rpc.tracing import calling
+from shared.tls_files import WatchedTls
 
 log = structlog.get_logger()
 _FETCH_LIMIT_S = 30.0
+_FETCH_METHOD = f"{pb.DESCRIPTOR.services_by_name['VisionService'].full_name}/FetchEmbedding"
 
 
 class VisionReplicas:
-    """Fetches embeddings over gRPC; keeps a channel per replica. Close it with `aclose`."""
+    """Fetches embeddings over gRPC; keeps a channel per replica. Close it with `aclose`. Without `tls` in plaintext."""
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, tls: WatchedTls | None = None) -> None:
         self._max_message_bytes = max_message_bytes
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def fetch(self, ref: EmbeddingRef) -> Embedding:
@@ -36,7 +41,10 @@ class VisionReplicas:
         """
         stub = vision_service_pb2_grpc.VisionServiceStub(self._channel(ref.source))
         request = pb.FetchEmbeddingRequest(handle=embedding_pb2.EmbeddingHandle.FromString(ref.handle))
-        call = stub.FetchEmbedding(request, **outgoing(_FETCH_LIMIT_S))
+        with calling(_FETCH_METHOD, ref.source) as span:
+            return await self._fetched(ref, stub.FetchEmbedding(request, **outgoing(_FETCH_LIMIT_S, span)))
+
+    async def _fetched(self, ref: EmbeddingRef, call: Any) -> Embedding:
         try:
             return await _received(ref, aiter(call))
         except grpc.aio.AioRpcError as error:
@@ -59,7 +67,7 @@ class VisionReplicas:
 
     def _channel(self, source: str) -> grpc.aio.Channel:
         if source not in self._channels:
-            self._channels[source] = open_channel(source, self._max_message_bytes)
+            self._channels[source] = open_channel(source, self._max_message_bytes, self._tls)
         return self._channels[source]
 
 

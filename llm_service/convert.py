@@ -31,6 +31,7 @@ from shared.rpc.messages import DATA_TYPE_OF_MESSAGE, duration_of
 MAX_STOP_SEQUENCES, MAX_STOP_CHARACTERS, MAX_BEAMS, MAX_TURNS = 16, 256, 16, 4096
 MAX_CANDIDATES, MAX_TOP_LOGPROBS = 16, 20
 MIN_CHOICES, MAX_CHOICES, MAX_CHOICE_CHARACTERS = 2, 16, 64
+MAX_TENANT_BYTES = 128
 _LEAST_TEMPERATURE = 1e-5  # what is colder is greedy: dividing by it would leave the range of float32
 
 _ROLES = {
@@ -63,12 +64,23 @@ def dialogue_of(prompt: pb.Prompt, signer: HandleSigner, *, grounding: bool = Fa
     turns = tuple(part for index, turn in enumerate(prompt.turns) for part in _turns_of(turn, index))
     system_message = prompt.system_message if prompt.HasField("system_message") else None
     tools = tuple(Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in prompt.tools)
-    return Dialogue(turns, system_message, tools, grounding)
+    return Dialogue(turns, system_message, tools, grounding, _tenant_of(prompt))
+
+
+def _tenant_of(prompt: pb.Prompt) -> str:
+    if len(prompt.tenant.encode()) > MAX_TENANT_BYTES:
+        raise InvalidRequest(f"A tenant has at most {MAX_TENANT_BYTES} bytes.", field="prompt.tenant")
+    return prompt.tenant
 
 
 def priority_of(request: pb.GenerateRequest) -> Priority:
     """Return whose turn it is; what is not known is a person's."""
     return Priority.BACKGROUND if request.priority == generation_pb2.PRIORITY_BACKGROUND else Priority.INTERACTIVE
+
+
+def drops_oldest_turns(request: pb.GenerateRequest) -> bool:
+    """Return whether turns may be left out; what is not known is no leave."""
+    return request.context_overflow == generation_pb2.CONTEXT_OVERFLOW_DROP_OLDEST_TURNS
 
 
 def options_of(
@@ -108,7 +120,12 @@ def response_of(event: Event, prompt: PromptTokens, model: str, *, with_ids: boo
     match event:
         case Started():
             ids = prompt.ids if with_ids else ()
-            started = pb.GenerateStarted(model=model, prompt_token_count=len(prompt.ids), prompt_token_ids=ids)
+            started = pb.GenerateStarted(
+                model=model,
+                prompt_token_count=len(prompt.ids),
+                prompt_token_ids=ids,
+                dropped_turn_count=event.num_dropped,
+            )
             return pb.GenerateResponse(started=started)
         case Delta():
             delta = pb.GenerateDelta(
@@ -122,9 +139,18 @@ def response_of(event: Event, prompt: PromptTokens, model: str, *, with_ids: boo
             return pb.GenerateResponse(finished=_finished_of(event, prompt))
 
 
-def count_response_of(prompt: PromptTokens) -> pb.CountTokensResponse:
+def count_response_of(prompt: PromptTokens, *, with_ids: bool = False) -> pb.CountTokensResponse:
     """Return the message for a prompt's size."""
-    return pb.CountTokensResponse(token_count=len(prompt.ids), visual_token_count=prompt.num_visual_tokens)
+    return pb.CountTokensResponse(
+        token_count=len(prompt.ids),
+        visual_token_count=prompt.num_visual_tokens,
+        token_ids=prompt.ids if with_ids else (),
+    )
+
+
+def description_of(model: str, max_tokens: int) -> pb.DescribeModelResponse:
+    """Return the message for the model that is served."""
+    return pb.DescribeModelResponse(model=model, max_context_tokens=max_tokens)
 
 
 def score_response_of(scores: tuple[tuple[float, ...], ...], model: str) -> pb.ScoreTurnsResponse:
@@ -279,5 +305,8 @@ def _logprob_of(entry: TokenLogprob) -> generation_pb2.TokenLogprob:
 
 def _transfer_of(transfer: Transfer) -> pb.EmbeddingTransfer:
     return pb.EmbeddingTransfer(
-        digest=transfer.digest, cache_tier=_TIERS[transfer.tier], duration=duration_of(transfer.duration_s)
+        digest=transfer.digest,
+        cache_tier=_TIERS[transfer.tier],
+        duration=duration_of(transfer.duration_s),
+        size_bytes=transfer.size_bytes,
     )

@@ -1,6 +1,7 @@
 """Brings the embeddings that an answer needs into memory, and counts their bytes for as long as they are there."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from llm_service.embeddings import EmbeddingReader, FetchTier
 from llm_service.metrics import LlmMetrics
 from llm_service.prompt.dialogue import EmbeddingRef
 from llm_service.prompt.splice import PlaceholderRange, PromptTokens
+from shared import tracing
 from shared.embedding import Embedding
 from shared.passing_thread import in_passing_thread
 from shared.tensors import tensor_of
@@ -22,11 +24,12 @@ _INLINE_BYTES: Final = 256 << 10  # of an embedding that is converted on the eve
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How an embedding reached the engine, and how long that took."""
+    """How an embedding reached the engine, how long that took, and how many bytes were read for it."""
 
     digest: str
     tier: FetchTier
     duration_s: float
+    size_bytes: int = 0
 
 
 class EmbeddingFetcher:
@@ -65,9 +68,14 @@ class EmbeddingFetcher:
         await self._held.enter_async_context(self._admission.embeddings(sum(map(self._size_bytes, refs))))
         fetched = await asyncio.gather(*map(self._reader.read, refs))
         self._metrics.note_fetched(fetched)
+        fetched_at = time.monotonic()
+        for entry in fetched:
+            facts = {"internvl.cache_tier": entry.tier.value, "internvl.bytes": entry.embedding.info.size_bytes}
+            tracing.record("fetch embedding", fetched_at - entry.duration_s, fetched_at, facts)
         whole = {ref: await self._tensor(entry.embedding) for ref, entry in zip(refs, fetched, strict=True)}
         for ref, entry in zip(refs, fetched, strict=True):
-            self._transfers.setdefault(ref, Transfer(ref.digest, entry.tier, entry.duration_s))
+            size_bytes = entry.embedding.info.size_bytes
+            self._transfers.setdefault(ref, Transfer(ref.digest, entry.tier, entry.duration_s, size_bytes))
         return {index: _rows(whole[place.ref], place) for index, place in places.items()}
 
     async def release(self) -> None:

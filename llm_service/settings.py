@@ -6,10 +6,10 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from shared.quantize import Quantization
-from shared.settings import DtypeName, EmbeddingStoreSettings, ServiceSettings
+from shared.settings import DtypeName, EmbeddingStoreSettings, ServiceSettings, StageTlsSettings
 
 
-class LlmSettings(ServiceSettings, EmbeddingStoreSettings):
+class LlmSettings(ServiceSettings, EmbeddingStoreSettings, StageTlsSettings):
     """Everything that can be set, from flags, `LLM_*` variables or these defaults."""
 
     model_config = SettingsConfigDict(env_prefix="LLM_", cli_shortcuts={"devices": "device"})

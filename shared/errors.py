@@ -11,16 +11,22 @@ ServiceError
 |   |-- EmbeddingHandleInvalid
 |   |-- VideoRangeEmpty
 |   |-- InvalidJsonSchema
+|   |-- RemoteUrlRefused
 |   `-- NotSupportedByModel
 |-- NotFound                       NOT_FOUND
 |   |-- ConversationNotFound
 |   |-- MediaNotFound
 |   |-- EmbeddingNotFound
-|   `-- BatchNotFound
+|   |-- ModelNotFound
+|   |-- BatchNotFound
+|   `-- MessageNotFound
 |-- ConversationBusy               ABORTED
 |-- EmbeddingIncompatible          FAILED_PRECONDITION
 |-- NoCritic                       FAILED_PRECONDITION
+|-- TurnIdReused                   FAILED_PRECONDITION
 |-- QueueFull                      RESOURCE_EXHAUSTED
+|-- RateLimited                    RESOURCE_EXHAUSTED
+|-- ClientTooSlow                  RESOURCE_EXHAUSTED
 |-- Unavailable                    UNAVAILABLE
 |   |-- NotReady
 |   |-- VisionUnavailable
@@ -28,6 +34,8 @@ ServiceError
 |   |-- StoreUnavailable
 |   `-- CriticUnavailable
 |-- DeadlineExceeded               DEADLINE_EXCEEDED
+|-- ApiKeyInvalid                  UNAUTHENTICATED
+|-- NotPermitted                   PERMISSION_DENIED
 `-- InternalError                  INTERNAL
 
 CheckpointError is apart: it stops a service at start and never reaches a client.
@@ -49,13 +57,15 @@ class Code(Enum):
     UNAVAILABLE = "UNAVAILABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     INTERNAL = "INTERNAL"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
 
 
 class ServiceError(Exception):
     """An error with a status code, a reason for programs and a message for people.
 
     `field` names the request field at fault, `resource` the thing that is missing, `retry_after_s` when to try again;
-    at most one of them is set.
+    at most one of them is set. `quota`, a budget that is used up, goes with `retry_after_s`.
     """
 
     code: ClassVar[Code]
@@ -68,12 +78,14 @@ class ServiceError(Exception):
         field: str | None = None,
         resource: str | None = None,
         retry_after_s: float | None = None,
+        quota: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.resource = resource
         self.retry_after_s = retry_after_s
+        self.quota = quota
 
 
 class InvalidRequest(ServiceError):
@@ -137,6 +149,12 @@ class InvalidJsonSchema(InvalidRequest):
     reason = "INVALID_JSON_SCHEMA"
 
 
+class RemoteUrlRefused(InvalidRequest):
+    """The medium behind a URL is not fetched, or could not be; the message says the same whatever was in the way."""
+
+    reason = "REMOTE_URL_REFUSED"
+
+
 class NotSupportedByModel(InvalidRequest):
     """The model that is served has no form for what was asked, such as tools or grounding tags."""
 
@@ -173,6 +191,18 @@ class BatchNotFound(NotFound):
     reason = "BATCH_NOT_FOUND"
 
 
+class MessageNotFound(NotFound):
+    """A conversation has no message of this id."""
+
+    reason = "MESSAGE_NOT_FOUND"
+
+
+class ModelNotFound(NotFound):
+    """Another model than the one that is served was asked for by name."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
 class ConversationBusy(ServiceError):
     """Another turn of the conversation is running."""
 
@@ -194,11 +224,32 @@ class NoCritic(ServiceError):
     reason = "NO_CRITIC"
 
 
+class TurnIdReused(ServiceError):
+    """A conversation has another turn of this id."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "TURN_ID_REUSED"
+
+
 class QueueFull(ServiceError):
     """A queue has no room; `retry_after_s` says when to try again."""
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
+
+
+class RateLimited(ServiceError):
+    """A tenant has used up a budget: `quota` names it, `retry_after_s` says when the same request will pass."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "RATE_LIMITED"
+
+
+class ClientTooSlow(ServiceError):
+    """The client does not read what it has asked for."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "CLIENT_TOO_SLOW"
 
 
 class Unavailable(ServiceError):
@@ -242,6 +293,20 @@ class DeadlineExceeded(ServiceError):
 
     code = Code.DEADLINE_EXCEEDED
     reason = "DEADLINE_EXCEEDED"
+
+
+class ApiKeyInvalid(ServiceError):
+    """No API key was shown, or one that is unknown, wrong, revoked or expired; which of them is not told."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "API_KEY_INVALID"
+
+
+class NotPermitted(ServiceError):
+    """The caller is known, and may not do this."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "NOT_PERMITTED"
 
 
 class InternalError(ServiceError):

@@ -17,17 +17,29 @@ log = structlog.get_logger()
 
 
 class Hold:
-    """One holder's right; `duration_ms` after it was taken or renewed it runs out. Raises `StoreUnavailable`."""
+    """One holder's right; `duration_ms` after it was taken or renewed it runs out. Raises `StoreUnavailable`.
 
-    def __init__(self, redis: Redis, key: str, duration_s: float) -> None:
+    `purpose` says what the right is held for to others who would have it for the same.
+    """
+
+    def __init__(self, redis: Redis, key: str, duration_s: float, purpose: str = "") -> None:
         self.duration_ms = round(duration_s * 1000)
         self._redis = redis
         self._key = key
-        self._token = secrets.token_urlsafe(16)
+        self._purpose = f"/{purpose}" if purpose else ""  # no token has this character
+        self._token = f"{secrets.token_urlsafe(16)}{self._purpose}"
 
     def queue_take(self, pipeline: Pipeline) -> None:
         """Queue the command that takes the right; its result is true where nobody else has it."""
         pipeline.set(self._key, self._token, nx=True, px=self.duration_ms)
+
+    def queue_look(self, pipeline: Pipeline) -> None:
+        """Queue the command whose result `has_same_purpose` understands."""
+        pipeline.get(self._key)
+
+    def has_same_purpose(self, holder: bytes | None) -> bool:
+        """Return whether `holder` has the right for what it is wanted for here; False where no purpose is given."""
+        return bool(self._purpose) and (holder or b"").endswith(self._purpose.encode())
 
     async def run(self, queue: Callable[[Pipeline], Any]) -> bool:
         """Run the queued commands at once if the right is still held; return whether it is.

@@ -12,7 +12,7 @@ T = TypeVar("T")
 Kind = Literal["counter", "gauge", "histogram"]
 
 # What may tell the series of a metric apart: words of the code's own, few of each. Never a digest, a tenant or an id.
-LABELS: Final = frozenset({"cache", "code", "command", "kind", "outcome", "reason", "rpc", "scope", "tier"})
+LABELS: Final = frozenset({"cache", "code", "command", "kind", "outcome", "reason", "rpc", "scope", "state", "tier"})
 UNITS: Final = ("seconds", "bytes", "tiles", "tokens", "sequences", "blocks", "items")
 _NAME: Final = re.compile(r"internvl(_[a-z]+)+")
 
@@ -106,6 +106,14 @@ class Snapshot(Generic[T]):
         return [reading.value(state) for reading in self.readings]
 
 
+@dataclass(frozen=True, slots=True)
+class Exposition:
+    """Every metric as whoever collects them reads it."""
+
+    content: bytes
+    content_type: str
+
+
 class Registry(Protocol):
     """Where metrics are declared, each name once. `labels` are label=values; no values: as they come.
 
@@ -123,6 +131,9 @@ class Registry(Protocol):
 
     def snapshot(self, *readings: Reading[T]) -> Snapshot[T]:
         """Declare metrics that are read off one state."""
+
+    def exposition(self) -> Exposition | None:
+        """Return all metrics as they are now; None where none are kept. For any thread; takes milliseconds."""
 
 
 class _Unkept:
@@ -162,6 +173,9 @@ class NoRegistry:
     def snapshot(self, *readings: Reading[T]) -> Snapshot[T]:
         """Return a snapshot that nobody takes."""
         return Snapshot(readings)
+
+    def exposition(self) -> None:
+        """Return nothing."""
 
 
 _UNKEPT: Final = _Unkept()

@@ -9,7 +9,7 @@ from prometheus_client.core import CollectorRegistry, CounterMetricFamily, Gauge
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
-from shared.metrics import Counter, Gauge, Histogram, Kind, Metric, Reading, Snapshot
+from shared.metrics import Counter, Exposition, Gauge, Histogram, Kind, Metric, Reading, Snapshot
 
 T = TypeVar("T")
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -61,6 +61,10 @@ class PrometheusRegistry:
         snapshot = Snapshot(readings)
         self.exposed.register(_SnapshotCollector(snapshot))
         return snapshot
+
+    def exposition(self) -> Exposition:
+        """Return all metrics as they are now, in Prometheus' text format."""
+        return Exposition(prometheus_client.generate_latest(self.exposed), prometheus_client.CONTENT_TYPE_LATEST)
 
     def _declare(self, name: str, kind: Kind, meaning: str, labels: _Labels) -> Metric:
         metric = Metric(name, kind, meaning, {label: tuple(values) for label, values in labels.items()})

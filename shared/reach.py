@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import structlog
 from redis.exceptions import RedisError
 
+from shared import tracing
 from shared.errors import StoreUnavailable
 
 log = structlog.get_logger()
@@ -20,15 +21,19 @@ def reaching_store() -> Iterator[None]:
     one that comes just when the writing is done (before Python 3.12).
     """
     cancellations = _cancellations()
+    span, failure = tracing.begin("redis", {"db.system.name": "redis"}, "client"), ""
     try:
         yield
     except (RedisError, OSError, TimeoutError) as error:
-        log.warning("store_failed", error=type(error).__name__)
+        failure = type(error).__name__
+        log.warning("store_failed", error=failure)
         if _cancellations() > cancellations:
             raise asyncio.CancelledError from error
         raise StoreUnavailable(
             "The store of conversations and media cannot be reached; try again.", retry_after_s=1.0
         ) from error
+    finally:
+        span.end(failure)
     if _cancellations() > cancellations:
         raise asyncio.CancelledError
 

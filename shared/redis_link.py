@@ -12,6 +12,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from shared import tracing
 from shared.breaker import CircuitBreaker, ProbedBreaker
 from shared.bulk import StoreAway, StoreRefused
 from shared.metrics import StoreObserver
@@ -54,7 +55,8 @@ class RedisLink:
             self.observer.command_ended(name, "skipped")
             raise StoreFailed("breaker_open")
         try:
-            answer = await (patience or Patience(self.timeout_s)).bound(command)
+            with tracing.span(f"redis {name}", {"db.system.name": "redis", "db.operation.name": name}, "client"):
+                answer = await (patience or Patience(self.timeout_s)).bound(command)
         except (*FAILURES, StoreAway, StoreRefused) as error:
             # A server that refuses (another type under the key, memory full) is there, unless it lets nobody in.
             lives = isinstance(error, ResponseError | StoreRefused)

@@ -1,15 +1,20 @@
 """Settings that every service has, and the one place that reads the environment and the command line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self, TypeVar
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.tls_files import TlsFiles
+
+T = TypeVar("T")
+SECRETS_DIR: Final = "INTERNVL_SECRETS_DIR"
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -26,6 +31,30 @@ def _checked_optional_address(text: str) -> str:
 
 Address = Annotated[str, AfterValidator(_checked_address)]
 OptionalAddress = Annotated[str, AfterValidator(_checked_optional_address)]
+OptionalFile = Annotated[Path | None, BeforeValidator(lambda path: path or None)]  # an empty variable is none
+
+
+def _only_with(name: str) -> AfterValidator:
+    """Return the check of what means nothing without the file of field `name`."""
+
+    def check(value: T, info: ValidationInfo) -> T:
+        if value and not info.data.get(name):
+            raise ValueError(f"needs --{name.replace('_', '-')}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _just_with(name: str) -> AfterValidator:
+    """Return the check of a file that is given where the one of field `name` is, and nowhere else."""
+
+    def check(file: Path | None, info: ValidationInfo) -> Path | None:
+        if bool(file) != bool(info.data.get(name)):
+            raise ValueError(f"goes with --{name.replace('_', '-')}: give both or neither")
+        return file
+
+    return AfterValidator(check)
+
 
 # What a Redis URL may set beside address, user and database; the rest would undo settings of ours.
 _REDIS_OPTIONS: Final = {
@@ -87,10 +116,14 @@ class CommandLineSettings(BaseSettings):
 
     @classmethod
     def from_command_line(cls, program: str, arguments: Sequence[str] | None = None) -> Self:
-        """Return the settings from flags, environment and defaults; exit with 2 and a line per mistake."""
+        """Return the settings from flags, environment, files and defaults; exit with 2 and a line per mistake.
+
+        A file in the directory that `INTERNVL_SECRETS_DIR` names sets what the variable of its name would (lower case).
+        """
         try:
             flags = list(sys.argv[1:] if arguments is None else arguments)
-            return cls(_cli_parse_args=flags, _cli_prog_name=program)  # type: ignore[call-arg]  # pydantic's own
+            secrets_dir = os.environ.get(SECRETS_DIR) or None
+            return cls(_cli_parse_args=flags, _cli_prog_name=program, _secrets_dir=secrets_dir)  # type: ignore[call-arg]  # pydantic's own
         except ValidationError as error:
             prefix = cls.model_config.get("env_prefix", "")
             for problem in error.errors(include_input=False, include_url=False):
@@ -118,8 +151,71 @@ class ServiceSettings(CommandLineSettings):
         description="host:port to answer GET /metrics on, to whoever reaches it; port 0 takes a free one; empty: none",
     )
     metrics_address_file: Path | None = Field(None, description="file to write the host:port of the metrics to")
+    health_listen: OptionalAddress = Field(
+        "",
+        description="host:port to answer grpc.health.v1 on, in plaintext and nothing else; port 0 takes a free one; "
+        "empty: only where calls are answered",
+    )
+    health_address_file: Path | None = Field(None, description="file to write the host:port of the health checks to")
+    tls_cert_file: OptionalFile = Field(
+        None, description="PEM file of this service's certificate and what leads up to its authority; none: plaintext"
+    )
+    tls_key_file: Annotated[OptionalFile, _just_with("tls_cert_file")] = Field(
+        None, validate_default=True, description="PEM file of that certificate's key, not encrypted"
+    )
+    tls_client_ca_file: Annotated[OptionalFile, _only_with("tls_cert_file")] = Field(
+        None, description="PEM file of who may have signed callers' certificates; none: callers need none"
+    )
+    part_stall_s: float = Field(
+        120.0,
+        gt=0,
+        description="seconds that a part, such as a model, may have work without taking a step; after half of them the "
+        "service is not ready, after all of them not alive",
+    )
+    trace_endpoint: str = Field(
+        "", description="http:// or https:// address of an OTLP collector (gRPC) that traces are sent to; empty: none"
+    )
+    trace_sample_ratio: float = Field(
+        1.0, ge=0, le=1, description="share of the traces that begin here which are kept; callers decide about theirs"
+    )
     drain_grace_s: float = Field(30.0, ge=0, description="seconds that running calls get after SIGTERM")
+    client_stall_s: float = Field(
+        30.0, gt=0, description="seconds after which a stream ends of which its client reads nothing more"
+    )
     max_message_bytes: int = Field(8 << 20, ge=1 << 20, description="largest gRPC message, either way")
+
+    @property
+    def server_tls(self) -> TlsFiles | None:
+        """What callers are answered with; None: plaintext."""
+        if not self.tls_cert_file:
+            return None
+        return TlsFiles(self.tls_client_ca_file, self.tls_cert_file, self.tls_key_file)
+
+
+class StageTlsSettings(BaseSettings):
+    """How the vision and the LLM services are reached. Mixed into the settings of the services that call them."""
+
+    model_config = _CONFIG
+
+    stage_ca_file: OptionalFile = Field(
+        None, description="PEM file of who signed the certificates of the stages that are called; none: plaintext"
+    )
+    stage_cert_file: Annotated[OptionalFile, _only_with("stage_ca_file")] = Field(
+        None, description="PEM file of the certificate that is shown to stages; none: they ask for none"
+    )
+    stage_key_file: Annotated[OptionalFile, _just_with("stage_cert_file")] = Field(
+        None, validate_default=True, description="PEM file of that certificate's key, not encrypted"
+    )
+    stage_name: Annotated[str, _only_with("stage_ca_file")] = Field(
+        "", description="name that the certificates of all stages bear; empty: the host that is called"
+    )
+
+    @property
+    def stage_tls(self) -> TlsFiles | None:
+        """What stages are called with; None: plaintext."""
+        if not self.stage_ca_file:
+            return None
+        return TlsFiles(self.stage_ca_file, self.stage_cert_file, self.stage_key_file, self.stage_name)
 
 
 class EmbeddingStoreSettings(BaseSettings):

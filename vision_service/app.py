@@ -25,6 +25,7 @@ from shared.metrics import NO_METRICS, Registry
 from shared.redis_link import open_link
 from shared.rpc.handles import HandleSigner
 from shared.rpc.server import Application
+from shared.service_status import ModelStatus, ProcessStatus
 from shared.store import NoEmbeddingStore, RedisEmbeddingStore, open_embedding_store
 from shared.store_metrics import StoreMetrics
 from shared.tasks import cancelled
@@ -100,11 +101,14 @@ async def lifespan(
             stack.push_async_callback(cancelled, listening)
         signer = HandleSigner(settings.embedding_key.get_secret_value())
         issuer = HandleIssuer(signer, address, settings.embedding_ttl_s)
-        servicer = VisionServicer(encoder, preparer, issuer, TilingSpec.of(config, settings.image_policy), settings)
+        process = ProcessStatus(link.redis if link else None)
+        tiling = TilingSpec.of(config, settings.image_policy)
+        servicer = VisionServicer(encoder, preparer, issuer, tiling, settings, process)
         yield Application(
             register=lambda server: vision_service_pb2_grpc.add_VisionServiceServicer_to_server(servicer, server),
             services=[SERVICE],
-            warm_up=partial(_warm_up, runners, preparer, config, limits),
+            warm_up=partial(_warm_up, runners, preparer, config, limits, process),
+            parts=[runner.progress for runner in runners],
         )
 
 
@@ -117,7 +121,11 @@ def _announcements(
 
 
 async def _warm_up(
-    runners: Sequence[ModelRunner], preparer: MediaPreparer, config: InternVLConfig, limits: EmbeddingLimits
+    runners: Sequence[ModelRunner],
+    preparer: MediaPreparer,
+    config: InternVLConfig,
+    limits: EmbeddingLimits,
+    process: ProcessStatus,
 ) -> None:
     started = time.monotonic()
     replicas, _ = await asyncio.gather(asyncio.gather(*(runner.load() for runner in runners)), preparer.start())
@@ -131,13 +139,15 @@ async def _warm_up(
     picture = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
     await asyncio.gather(*(runner.encode([picture]) for runner in runners))
     loaded = replicas[0]
+    devices, dtype = ",".join(str(replica.device) for replica in replicas), str(loaded.dtype).removeprefix("torch.")
+    process.model = ModelStatus(config.name, config.hidden_size, config.tokens_per_tile, dtype, devices)
     log.info(
         "model_loaded",
         model=config.name,
         seconds=round(time.monotonic() - started, 1),
         parameters=loaded.num_parameters,
-        device=",".join(str(replica.device) for replica in replicas),
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=devices,
+        dtype=dtype,
         fingerprint=loaded.fingerprint,
         most_tiles=most_tiles,
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from shared import tracing
 from shared.digest import digest_of
 from shared.embedding import Embedding, EmbeddingKey
 from shared.errors import EmbeddingNotFound, MediaDigestMismatch, QueueFull
@@ -70,6 +71,8 @@ class Encoder:
         """
         encoded = await self._found(wanted) or await self._made(wanted, upload)
         self._metrics.lookups.inc(tier=encoded.tier.value)
+        facts = {"internvl.cache_tier": encoded.tier.value, "internvl.tiles": encoded.info.tile_count}
+        tracing.current().note(facts | {"internvl.coalesced": encoded.coalesced})
         if encoded.coalesced:
             self._metrics.coalesced.inc(scope="fleet" if encoded.tier is CacheTier.STORE else "process")
         return encoded

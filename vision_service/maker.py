@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
+from shared import tracing
 from shared.digest import digest_of_fields
 from shared.embedding import DataType, Embedding, EmbeddingInfo, EmbeddingKey, max_tiles
 from shared.errors import MediaTooLarge
@@ -98,6 +99,7 @@ class EmbeddingMaker:
         preprocess_s = time.monotonic() - started
         self._limits.check(len(picture.tiles), self._data_type)
         encoded = await self._tower.encode(picture.tiles, deadline)
+        _trace(started, preprocess_s, encoded, len(picture.tiles))
         embedding = await self._workers.run(self._packed, wanted.key, picture, encoded)
         return Made(embedding, Timings(preprocess_s, encoded.queue_s, encoded.encode_s))
 
@@ -120,3 +122,11 @@ class EmbeddingMaker:
         )
         rows = pieces if self._storage == "plain" else [pack_rows(piece) for piece in pieces]
         return Embedding(key, info, bytes_of(*rows))
+
+
+def _trace(began_at: float, preprocess_s: float, encoded: EncodedTiles, tiles: int) -> None:
+    prepared_at = began_at + preprocess_s
+    begun_at = prepared_at + encoded.queue_s
+    tracing.record("preprocess", began_at, prepared_at, {"internvl.tiles": tiles})
+    tracing.record("queue", prepared_at, begun_at, {})
+    tracing.record("encode", begun_at, begun_at + encoded.encode_s, {"internvl.tiles": tiles})

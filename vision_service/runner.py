@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from shared.embedding import DataType
+from shared.stall import Progress
 from shared.tensors import data_type_of
 from vision_service.model.loader import LoadedTower
 from vision_service.model.passes import TowerPass, pass_of
@@ -59,6 +60,7 @@ class ModelRunner:
         self._thread = WorkerPool(1, "model")
         self._loaded: LoadedTower | None = None
         self._pass: TowerPass | None = None
+        self._num_begun = self._num_ended = 0
 
     @property
     def loaded(self) -> LoadedTower:
@@ -82,6 +84,10 @@ class ModelRunner:
         """Return the visual tokens [tokens, hidden] of every picture, on the CPU."""
         return await self._thread.run(self._encode, pictures)
 
+    def progress(self) -> Progress:
+        """Return how many batches have left the tower, and whether another is in it; from any thread."""
+        return Progress(self._num_ended, self._num_begun > self._num_ended)
+
     def close(self) -> None:
         """Let the thread end after what it is doing."""
         self._thread.close()
@@ -94,6 +100,10 @@ class ModelRunner:
 
     def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
         assert self._pass is not None
-        visual_tokens = self._pass.run(pictures)  # [tiles, tokens per tile, hidden]
+        self._num_begun += 1
+        try:
+            visual_tokens = self._pass.run(pictures)  # [tiles, tokens per tile, hidden]
+        finally:
+            self._num_ended += 1
         parts = torch.split(visual_tokens, [len(picture) for picture in pictures])
         return [part.flatten(0, 1) for part in parts]

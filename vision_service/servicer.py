@@ -4,6 +4,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
+from shared.rpc.status_messages import status_message
+from shared.service_status import ProcessStatus, StatusSource
 from vision_service import convert
 from vision_service.encoder import Encoder
 from vision_service.preparer import MediaPreparer
@@ -21,12 +23,14 @@ class VisionServicer(vision_service_pb2_grpc.VisionServiceServicer):
         issuer: convert.HandleIssuer,
         default_spec: TilingSpec,
         settings: VisionSettings,
+        process: StatusSource | None = None,
     ) -> None:
         self._encoder = encoder
         self._preparer = preparer
         self._issuer = issuer
         self._default_spec = default_spec
         self._settings = settings
+        self._process = process or ProcessStatus()
 
     async def Encode(self, request_iterator: Any, context: Any) -> vision_service_pb2.EncodeResponse:
         """Return the handle of a medium's embedding."""
@@ -58,3 +62,9 @@ class VisionServicer(vision_service_pb2_grpc.VisionServiceServicer):
         """Remove what was derived from a medium or from all of a tenant."""
         tenant, media_digest = convert.erasure_of(request)
         return vision_service_pb2.EraseResponse(embedding_count=await self._encoder.erase(tenant, media_digest))
+
+    async def GetStatus(
+        self, request: vision_service_pb2.GetStatusRequest, context: Any
+    ) -> vision_service_pb2.GetStatusResponse:
+        """Say how this replica is."""
+        return vision_service_pb2.GetStatusResponse(status=status_message(await self._process.status()))

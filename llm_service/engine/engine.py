@@ -35,6 +35,7 @@ from llm_service.engine.sequence import (
 )
 from shared.errors import DeadlineExceeded, InternalError, PromptTooLong, QueueFull, ServiceError
 from shared.rpc.deadline import request_id
+from shared.stall import Progress
 
 log = structlog.get_logger()
 _Delivery = tuple[Sequence, Output]
@@ -126,6 +127,7 @@ class PagedEngine:
         self._on_broken: Callable[[], object] = lambda: None
         self._commands: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._stopping = False
+        self._num_steps, self._is_idle = 0, True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -196,6 +198,10 @@ class PagedEngine:
             self._blocks.num_kept,
         )
 
+    def progress(self) -> Progress:
+        """Return how far the model thread has come; from any thread. What waits for embeddings is no work of its."""
+        return Progress(self._num_steps, not self._is_idle)
+
     def forget(self) -> None:
         """Forget all that is kept for prompts to come; see `Engine`."""
         self._post(self._blocks.forget)
@@ -250,6 +256,7 @@ class PagedEngine:
                 self._take_commands()
                 if batch := self._scheduler.next_batch():
                     self._deliver(self._compute(batch))
+                    self._num_steps += 1
         except Exception:
             log.critical("engine_stopped", exc_info=True)
             self._broken = True
@@ -282,7 +289,10 @@ class PagedEngine:
     def _take_commands(self) -> None:
         """Carry out what was posted; wait for something when there is nothing to compute."""
         if not self._scheduler.has_work:
-            self._commands.get()()
+            self._is_idle = True
+            command = self._commands.get()
+            self._is_idle = False
+            command()
         while not self._commands.empty():
             self._commands.get()()
 

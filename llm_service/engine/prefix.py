@@ -27,7 +27,8 @@ class PrefixKeys:
     Those depend on every token up to the block's end: on its id; where it stands for a picture, on the embedding and
     the row of it; on where it stands, if not at its index; and on how a prompt of that length is rotated. A key is the
     hash of the block's own share of that and of the key of the block before it. 128 bits, so that nobody finds two
-    prompts with the same keys.
+    prompts with the same keys. Those of a tenant begin with a hash of its name: no time that a prompt takes tells what
+    another tenant has asked.
     """
 
     def __init__(self, block_size: int, rotation_of: RotationOf) -> None:
@@ -43,7 +44,7 @@ class PrefixKeys:
             extras = self._extras(seq.request, len(keys), num_blocks)
             size = 4 * self._block_size
             for index in range(num_blocks - len(keys)):
-                before = keys[-1] if keys else _ROOT
+                before = keys[-1] if keys else _root_of(seq.request.tenant)
                 own = ids[index * size : (index + 1) * size]
                 keys.append(blake2b(own + next(extras), key=before, digest_size=_KEY_BYTES).digest())
         return keys[:num_blocks]
@@ -62,6 +63,10 @@ class PrefixKeys:
             if rotation and start < num_prompt:
                 parts.append(b"r" + pack("<qi", rotation, min(stop, num_prompt) - start))
             yield b"".join(parts)
+
+
+def _root_of(tenant: str) -> bytes:
+    return blake2b(tenant.encode(), digest_size=_KEY_BYTES, person=b"tenant").digest() if tenant else _ROOT
 
 
 def _visual(request: EngineRequest, start: int, stop: int) -> bytes:

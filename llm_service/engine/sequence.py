@@ -85,7 +85,7 @@ class EngineRequest:
     that are already known: decoding goes on behind them. `num_candidates` answers come of one reading of the prompt.
     `positions`, float32 [prompt tokens] on the CPU, are where the prompt's tokens stand for the rotary embedding, which
     is then never stretched; None: 0, 1, 2 and so on. `deadline`, of the monotonic clock, is when nobody waits for the
-    first token any more.
+    first token any more. What is computed for a `tenant` is found by its own requests only; empty: by all of that kind.
     """
 
     prompt: PromptTokens
@@ -99,6 +99,7 @@ class EngineRequest:
     fetch: Fetch | None = None
     priority: Priority = Priority.INTERACTIVE
     deadline: float | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,12 +125,14 @@ class Dialogue:
     """Turns from user to user or tool; the last says something. No system message: the model's own.
 
     With `grounding` the markers `<ref>`, `<box>`, `<quad>` and their ends are the model's own tokens in what users say.
+    `tenant` is who shares what is computed for it with nobody; empty: it is shared.
     """
 
     turns: tuple[Turn, ...]
     system_message: str | None = None
     tools: tuple[Tool, ...] = ()
     grounding: bool = False
+    tenant: str = ""
 
     @property
     def slices(self) -> tuple[EmbeddingSlice, ...]:

@@ -26,6 +26,10 @@ class PromptWriter:
         self.check(dialogue)
         return splice(self.template.render(dialogue), self.tokenizer)
 
+    def write_text(self, text: str) -> PromptTokens:
+        """Return the tokens of plain text, without a template."""
+        return PromptTokens(tuple(self.tokenizer.encode(text)))
+
     def check(self, dialogue: Dialogue) -> None:
         """Raise `NotSupportedByModel` if the dialogue needs a form that this model does not have."""
         if dialogue.uses_tools and not self.knows_tools:

@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import structlog
 
+from shared import tracing
 from shared.errors import DeadlineExceeded
 
 REQUEST_ID_KEY = "x-request-id"
@@ -53,9 +54,10 @@ def remaining_s() -> float | None:
     return None if expires_at is None else expires_at - time.monotonic()
 
 
-def outgoing(limit_s: float | None = None) -> CallOptions:
+def outgoing(limit_s: float | None = None, span: tracing.Span | None = None) -> CallOptions:
     """Return timeout and metadata for a call made on behalf of the current one, at most `limit_s` long.
 
+    What is done there becomes part of `span` in the trace, or else of what is done here.
     Raises `DeadlineExceeded` when no time is left for it.
     """
     left = remaining_s()
@@ -67,5 +69,5 @@ def outgoing(limit_s: float | None = None) -> CallOptions:
     identity = request_id()
     return CallOptions(
         timeout=min(candidates, default=None),
-        metadata=((REQUEST_ID_KEY, identity),) if identity else (),
+        metadata=(*(((REQUEST_ID_KEY, identity),) if identity else ()), *(span or tracing.current()).headers.items()),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -17,13 +17,21 @@ from shared.errors import DeadlineExceeded, InternalError, NotReady, ServiceErro
 from shared.metrics import NO_METRICS
 from shared.rpc.call_metrics import CallMetrics, rpc_of
 from shared.rpc.deadline import REQUEST_ID_KEY, adopt
+from shared.rpc.stall_guard import StallGuard
 from shared.rpc.status import to_status
+from shared.rpc.tracing import end_call, serve_call
 
 log = structlog.get_logger()
-_OPEN_SERVICES = ("/grpc.health.", "/grpc.reflection.")  # answer whatever the state of the server
+_PUBLIC_SERVICE = "/grpc.health."  # answers everybody
+_OPEN_SERVICES = (_PUBLIC_SERVICE, "/grpc.reflection.")  # answer whatever the state of the server
+DEFAULT_STALL_S: Final = 30.0
+_STATUS_S: Final = 1.5  # what a status gets to reach a client; longer it waits behind messages that nobody reads
 _CUT_S = 2.0  # what a call that has been cut gets to say so to its client
 _DEADLINE_S: Final = 0.02  # a call that its client ends so shortly before its deadline has met that, by a clock ahead
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# Called with the method and the metadata of every call but health checks, in the call's own task and before any of its
+# messages is read; raises `ServiceError` for a call that is not let in.
+Gate: TypeAlias = Callable[[str, Iterable[tuple[str, str | bytes]]], None]
 
 
 async def first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
@@ -94,9 +102,16 @@ class _Ending:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of all four shapes in one `_call` context."""
+    """Wraps the handlers of all four shapes in one `_call` context. Without a `gate` everybody is let in.
 
-    def __init__(self, calls: CallRegistry, metrics: CallMetrics | None = None) -> None:
+    A stream whose client reads nothing for `stall_s` ends.
+    """
+
+    def __init__(
+        self, calls: CallRegistry, metrics: CallMetrics | None = None, stall_s: float = DEFAULT_STALL_S
+    ) -> None:
+        self.gate: Gate | None = None
+        self._stall_s = stall_s
         self._calls = calls
         self._metrics = metrics or CallMetrics.declared(NO_METRICS)
 
@@ -105,11 +120,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Return the method's handler, wrapped unless its service is always open."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(_OPEN_SERVICES):
+        """Return the method's handler, wrapped unless its service is always open, or one that refuses the call."""
+        handler, method = await continuation(handler_call_details), handler_call_details.method
+        if handler is None or method.startswith(_PUBLIC_SERVICE):
             return handler
-        return self._wrapped(handler, handler_call_details.method)
+        if self.gate:
+            try:
+                self.gate(method, handler_call_details.invocation_metadata or ())
+            except ServiceError as error:
+                return self._refusing(method, error)
+        return handler if method.startswith(_OPEN_SERVICES) else self._wrapped(handler, method)
+
+    def _refusing(self, method: str, error: ServiceError) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(requests: Any, context: Context) -> None:
+            async with self._call(method, context, error):
+                pass
+
+        # Of this shape whatever the method's is: it alone answers before a request has been read and understood.
+        handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+        return handler
 
     def _wrapped(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
         shape = ("stream" if handler.request_streaming else "unary") + (
@@ -121,15 +150,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with self._call(method, context):
                 return await behavior(request, context)
 
-        async def answer_stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        # Writes by itself and is no generator: however a call ends, a stalled write included, it ends in here.
+        async def answer_stream(request: Any, context: Context) -> None:
             assert inspect.isasyncgenfunction(behavior), f"{method} must be an async generator"
             async with self._call(method, context):
-                responses = behavior(request, context)
-                try:
-                    async for response in responses:
-                        yield response
-                finally:
-                    await responses.aclose()
+                with StallGuard(self._stall_s) as guard:
+                    async with aclosing(behavior(request, context)) as responses:
+                        async for response in responses:
+                            await guard.write(context, response)
 
         make_handler = getattr(grpc, f"{shape}_rpc_method_handler")
         wrapped: grpc.RpcMethodHandler[Any, Any] = make_handler(
@@ -140,14 +168,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped
 
     @asynccontextmanager
-    async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: Context, refusal: ServiceError | None = None) -> AsyncIterator[None]:
         started = time.monotonic()
         request_id = _adopt_call(context)
+        span = serve_call(method, context.invocation_metadata() or ())
         task = asyncio.current_task()
         assert task is not None
         ending = _Ending("OK")
         self._metrics.start(rpc_of(method))
         try:
+            if refusal:
+                raise refusal
             self._calls.enter(task)
             yield
         except (asyncio.CancelledError, GeneratorExit) as end:
@@ -159,13 +190,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             ending = _Ending(_status_of(context))
             raise
         except Exception as error:  # noqa: BLE001  the one place where an unknown error becomes a status
-            told = _told(error, method)
-            ending = _Ending.by(told)
-            await _abort(context, told)
+            known = told(error, method)
+            ending = _Ending.by(known)
+            await _abort(context, known)
         finally:
             self._calls.leave(task)
             duration_s = time.monotonic() - started
             self._metrics.finish(rpc_of(method), ending.code, duration_s)
+            end_call(span, ending.code, ending.reason)
             # The id is said outright: what is left of a stream that its client left ends outside the call's context.
             log.info(
                 "call_finished",
@@ -185,8 +217,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return _Ending("DEADLINE_EXCEEDED" if is_late else "CANCELLED")
 
 
-def _told(error: Exception, method: str) -> ServiceError:
-    """Return what the client is told of an error."""
+def told(error: Exception, method: str) -> ServiceError:
+    """Return what the client of a call is told of an error; one that is not ours is logged."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, TimeoutError):
@@ -210,4 +242,6 @@ def _adopt_call(context: Context) -> str:
 
 async def _abort(context: Context, error: ServiceError) -> None:
     status = to_status(error)
-    await context.abort(status.code, status.message, status.trailing_metadata)
+    with suppress(TimeoutError):  # gRPC then holds the status until the client reads, or leaves
+        async with asyncio.timeout(_STATUS_S):
+            await context.abort(status.code, status.message, status.trailing_metadata)

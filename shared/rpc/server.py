@@ -8,14 +8,11 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
-from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from shared.errors import CheckpointError
@@ -23,13 +20,16 @@ from shared.logging import configure_logging
 from shared.loop_lag import declared_lag, watch_loop_lag
 from shared.metrics import NO_METRICS, Registry
 from shared.rpc.call_metrics import CallMetrics
-from shared.rpc.channel import KEEPALIVE_MS
-from shared.rpc.interceptors import CallInterceptor, CallRegistry, first_of
+from shared.rpc.health import HealthChecks, health_port, watch_progress
+from shared.rpc.interceptors import CallInterceptor, CallRegistry, Gate, first_of
+from shared.rpc.ports import bind, server_options, write_address
 from shared.settings import ServiceSettings
+from shared.stall import Progress
+from shared.tasks import cancelled
+from shared.tracing import traces_sent
 
 log = structlog.get_logger()
 S = TypeVar("S", bound=ServiceSettings)
-LIVENESS, READINESS = "liveness", "readiness"
 _BROKEN_DRAIN_S: Final = 1.0
 _CANCEL_S: Final = 1.0  # what a warm-up that has been cancelled gets to clean up
 _LOG_DRAIN_S: Final = 1.0
@@ -41,13 +41,23 @@ class Application:
 
     `register` adds the servicers; `services` are their full names; `warm_up` loads what is slow to load, while the
     server already answers health checks with NOT_SERVING. `broken` is set, on the event loop, when a part has stopped
-    that the service cannot work without: it then ends, so that another can take its place.
+    that the service cannot work without: it then ends, so that another can take its place. `gate` says who is let in;
+    None: everybody. `parts` say how far they have come; one that stands still makes the service first not ready and
+    then not alive. `edges` are further ways in.
     """
 
     register: Callable[[grpc.aio.Server], None]
     services: Sequence[str]
     warm_up: Callable[[], Awaitable[None]] = field(default=lambda: asyncio.sleep(0))
     broken: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: Gate | None = None
+    parts: Sequence[Callable[[], Progress]] = ()
+    edges: Sequence["Edge"] = ()
+
+
+# From the registry of calls and their metrics: another way in beside gRPC, on the same event loop, open while the
+# context lasts. Its calls are counted and drained with the others. Raises `OSError` where it cannot listen.
+Edge = Callable[[CallRegistry, CallMetrics], AbstractAsyncContextManager[object]]
 
 
 class PartStopped(Exception):
@@ -77,7 +87,8 @@ def run(settings: S, service: str, lifespan: Lifespan[S]) -> NoReturn:
     course, runner = Course(), asyncio.Runner()
     code = 0
     try:
-        runner.run(serve(settings, lifespan, course))
+        with traces_sent(settings.trace_endpoint, settings.trace_sample_ratio, service):
+            runner.run(serve(settings, lifespan, course))
     except Exception as error:  # noqa: BLE001  whatever it is, an operator has to see it
         code = 1
         sink.write(f"{service}: {_last_words(error, course)}\n")
@@ -98,56 +109,38 @@ async def serve(settings: S, lifespan: Lifespan[S], course: Course | None = None
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, course.on_signal)
-    calls = CallRegistry()
+    calls, checks = CallRegistry(), HealthChecks()
+    await checks.begin()
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(health_port(settings, checks))
         registry = await stack.enter_async_context(_metrics(settings))
-        interceptor = CallInterceptor(calls, CallMetrics.declared(registry))
+        metrics = CallMetrics.declared(registry)
+        interceptor = CallInterceptor(calls, metrics, settings.client_stall_s)
         server = grpc.aio.server(interceptors=[interceptor], options=server_options(settings.max_message_bytes))
         stack.push_async_callback(server.stop, None)  # also one that has never started
-        bound = _bind(server, settings.listen)
+        bound = bind(server, settings.listen, "--listen", settings.server_tls)
         application = await stack.enter_async_context(lifespan(settings, settings.advertise or bound, registry))
-        checks = await _add_health(server, application)
+        interceptor.gate = application.gate
+        await checks.begin(application.services)
+        checks.add_to(server)
+        _enable_reflection(server, application)
         application.register(server)
         await server.start()
+        for edge in application.edges:
+            await stack.enter_async_context(edge(calls, metrics))
         _announce(settings, bound)
+        watch = asyncio.create_task(watch_progress(checks, application.parts, settings.part_stall_s))
+        stack.push_async_callback(cancelled, watch)
         await _until_ended(application, course, _become_ready(application, checks, calls, course))
         log.info("draining", calls=calls.running_count, broken=application.broken.is_set())
-        await checks.enter_graceful_shutdown()
+        await cancelled(watch)
+        await checks.drain(is_broken=application.broken.is_set())
         await _drain(settings, application, course, calls)
         await server.stop(grace=1.0)  # clients that lag behind get to read how their calls ended
         broken = application.broken.is_set()  # closing may well set it
     if broken:
         raise PartStopped
     log.info("stopped")
-
-
-def server_options(max_message_bytes: int) -> list[tuple[str, str | int]]:
-    """Return the options of every server.
-
-    `so_reuseport` off: two servers must never share a port silently. The pending limits: grpcio cancels calls at random
-    when more than about a thousand wait to be accepted.
-    """
-    return [
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.server.max_pending_requests", 10_000),
-        ("grpc.server.max_pending_requests_hard_limit", 20_000),
-        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
-        ("grpc.http2.max_ping_strikes", 0),
-    ]
-
-
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    host, _, _ = listen.rpartition(":")
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError:
-        raise OSError(f"cannot listen on {listen}: is the port taken? Choose another with --listen.") from None
-    return f"{host}:{port}"
 
 
 @asynccontextmanager
@@ -168,7 +161,7 @@ async def _metrics(settings: ServiceSettings) -> AsyncIterator[Registry]:
         watch = asyncio.create_task(watch_loop_lag(declared_lag(registry)))
         try:
             log.info("metrics_listening", address=endpoint.address)
-            _write_address(settings.metrics_address_file, endpoint.address)
+            write_address(settings.metrics_address_file, endpoint.address)
             yield registry
         finally:
             watch.cancel()
@@ -176,39 +169,22 @@ async def _metrics(settings: ServiceSettings) -> AsyncIterator[Registry]:
 
 def _announce(settings: ServiceSettings, bound: str) -> None:
     log.info("listening", address=bound)
-    _write_address(settings.address_file, bound)
+    write_address(settings.address_file, bound)
 
 
-def _write_address(file: Path | None, address: str) -> None:
-    if file:
-        # Written beside and moved, so that a reader never sees half an address.
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(address)
-        partial.replace(file)
-
-
-async def _become_ready(
-    application: Application, checks: health.HealthServicer, calls: CallRegistry, course: Course
-) -> None:
+async def _become_ready(application: Application, checks: HealthChecks, calls: CallRegistry, course: Course) -> None:
     await application.warm_up()
     # What warm-up allocated lives as long as the process: keep the collector from walking it again and again.
     gc.collect()
     gc.freeze()
     calls.ready = course.served = True
-    for name in ("", READINESS, *application.services):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await checks.serve()
     log.info("serving")
 
 
-async def _add_health(server: grpc.aio.Server, application: Application) -> health.HealthServicer:
-    checks = health.HealthServicer()
-    for name in ("", READINESS, *application.services):
-        await checks.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-    await checks.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+def _enable_reflection(server: grpc.aio.Server, application: Application) -> None:
     names = (*application.services, HEALTH_SERVICE, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    return checks
 
 
 async def _until_ended(application: Application, course: Course, becoming_ready: Coroutine[Any, Any, None]) -> None:

@@ -1,5 +1,6 @@
 """The one translation between our errors and gRPC statuses, both ways."""
 
+import math
 from typing import NamedTuple
 
 import grpc
@@ -30,7 +31,10 @@ class CallStatus(NamedTuple):
 
 
 def to_status(error: ServiceError) -> CallStatus:
-    """Return the status of an error: canonical code, our message, ErrorInfo and at most one further detail."""
+    """Return the status of an error: canonical code, our message, ErrorInfo and at most one further detail.
+
+    Only a quota that is used up comes with two: which it is, and when to try again.
+    """
     code = grpc.StatusCode[error.code.value]
     status = status_pb2.Status(code=code.value[0], message=error.message)
     for detail in _details(error):
@@ -63,21 +67,29 @@ def _details(error: ServiceError) -> list[Message]:
         return [info, error_details_pb2.ResourceInfo(resource_name=error.resource, description=error.message)]
     if error.retry_after_s is not None:
         delay = Duration()
-        delay.FromMilliseconds(int(error.retry_after_s * 1000))
-        return [info, error_details_pb2.RetryInfo(retry_delay=delay)]
+        delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))  # never early: it would be refused again
+        return [info, error_details_pb2.RetryInfo(retry_delay=delay), *_quota_failure(error)]
     return [info]
+
+
+def _quota_failure(error: ServiceError) -> list[Message]:
+    if error.quota is None:
+        return []
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.quota, description=error.message)
+    return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
 def _known(error: grpc.RpcError) -> ServiceError | None:
     status = _rich_status(error)
-    info, field, resource, retry = (
+    info, field, resource, retry, quota = (
         error_details_pb2.ErrorInfo(),
         error_details_pb2.BadRequest(),
         error_details_pb2.ResourceInfo(),
         error_details_pb2.RetryInfo(),
+        error_details_pb2.QuotaFailure(),
     )
     for detail in status.details:
-        for kind in (info, field, resource, retry):
+        for kind in (info, field, resource, retry, quota):
             detail.Unpack(kind)
     if info.domain != DOMAIN or info.reason not in _BY_REASON:
         return None
@@ -86,6 +98,7 @@ def _known(error: grpc.RpcError) -> ServiceError | None:
         field=field.field_violations[0].field if field.field_violations else None,
         resource=resource.resource_name or None,
         retry_after_s=retry.retry_delay.ToMilliseconds() / 1000 if retry.HasField("retry_delay") else None,
+        quota=quota.violations[0].subject if quota.violations else None,
     )
 
 

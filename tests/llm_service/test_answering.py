@@ -60,6 +60,16 @@ async def test_the_first_candidate_of_a_seed_is_the_single_answer_of_that_seed()
     assert first.finished.num_output_tokens == sum(map(len, first.ids))
 
 
+async def test_what_one_tenant_has_asked_is_not_found_by_another() -> None:
+    async with asking() as system:
+        shared = plain("one word after another " * 10)
+        asked = [dataclasses.replace(shared, tenant=tenant) for tenant in ("acme", "umbrella", "", "acme", "")]
+        finished = [(await system.ask(dialogue, system.options(2))).finished for dialogue in asked]
+    cached = [each.num_cached for each in finished]
+    assert cached[:3] == [0, 0, 0]
+    assert cached[3] == cached[4] > 0
+
+
 async def test_greedy_candidates_are_the_same_answer() -> None:
     (case,) = TEXT_CASES
     async with asking() as system:

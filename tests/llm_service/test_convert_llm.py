@@ -164,6 +164,13 @@ def test_turns_and_segments_become_a_dialogue() -> None:
     assert [turn.role for turn in dialogue.turns] == [Role.USER, Role.ASSISTANT, Role.USER]
     assert dialogue.turns[0].segments == (TextSegment("a"),)
     assert convert.dialogue_of(pb.Prompt(turns=prompt.turns), SIGNER).system_message is None
+    assert dialogue.tenant == ""
+    prompt.tenant = "acme"
+    assert convert.dialogue_of(prompt, SIGNER).tenant == "acme"
+    prompt.tenant = "é" * 65
+    with pytest.raises(InvalidRequest) as caught:
+        convert.dialogue_of(prompt, SIGNER)
+    assert caught.value.field == "prompt.tenant"
 
 
 @pytest.mark.parametrize(

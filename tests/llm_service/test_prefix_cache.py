@@ -287,6 +287,21 @@ def test_a_key_says_all_that_came_before() -> None:
     assert set(keys_of(request(here))).isdisjoint(keys_of(request(there)))
 
 
+def test_a_tenant_s_prompts_have_keys_of_their_own() -> None:
+    asked = request(list(range(16)))
+    kept = [keys_of(replace(asked, tenant=tenant)) for tenant in ("", "acme", "umbrella", "acme")]
+    assert kept[1] == kept[3]
+    assert len({key for keys in kept[:3] for key in keys}) == 12
+
+
+async def test_what_was_read_for_a_tenant_is_read_again_for_another() -> None:
+    prompt = list(range(1, 21))
+    async with running(FakeRunner()) as engine:
+        for tenant, num_cached in (("acme", 0), ("umbrella", 0), ("", 0), ("acme", 16), ("", 16)):
+            asked = replace(request(prompt, 3), tenant=tenant)
+            assert await said(engine, asked) == (continuation(prompt, 3), num_cached)
+
+
 def test_keys_go_on_where_they_were() -> None:
     keys = PrefixKeys(4, always_plain)
     (seq,) = candidates_of(request(list(range(10))), lambda output: None, 0.0)

@@ -43,7 +43,16 @@ def rpc_error(code: grpc.StatusCode, trailing: tuple[tuple[str, bytes], ...] = (
 
 
 @pytest.mark.parametrize("error_class", reasons().values())
-@pytest.mark.parametrize("detail", [{}, {"field": "a.b"}, {"resource": "ab"}, {"retry_after_s": 2.5}])
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {},
+        {"field": "a.b"},
+        {"resource": "ab"},
+        {"retry_after_s": 2.5},
+        {"retry_after_s": 2.5, "quota": "tokens_per_minute"},
+    ],
+)
 def test_an_error_keeps_class_message_and_detail_over_the_wire(
     error_class: type[ServiceError], detail: dict[str, str | float]
 ) -> None:
@@ -51,11 +60,14 @@ def test_an_error_keeps_class_message_and_detail_over_the_wire(
     back = from_rpc_error(rpc_error(status.code, status.trailing_metadata), LlmUnavailable)
     assert type(back) is error_class
     assert back.message == "What happened."
-    assert {"field": back.field, "resource": back.resource, "retry_after_s": back.retry_after_s} == {
-        "field": None,
-        "resource": None,
-        "retry_after_s": None,
-    } | detail
+    names = ("field", "resource", "retry_after_s", "quota")
+    assert {name: getattr(back, name) for name in names} == dict.fromkeys(names) | detail
+
+
+def test_a_client_is_never_told_to_come_back_early() -> None:
+    status = to_status(QueueFull("Later.", retry_after_s=1.0001))
+    back = from_rpc_error(rpc_error(status.code, status.trailing_metadata), LlmUnavailable)
+    assert back.retry_after_s == 1.001
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the model that is served has no form for what was asked (tools, grounding tags)."""
     ERROR_REASON_EMBEDDING_HANDLE_INVALID: _ErrorReason.ValueType  # 11
     """INVALID_ARGUMENT: an embedding handle was not issued by this system, or was changed since."""
+    ERROR_REASON_REMOTE_URL_REFUSED: _ErrorReason.ValueType  # 12
+    """INVALID_ARGUMENT: the medium behind a URL is not fetched, or could not be; send its bytes."""
     ERROR_REASON_CONVERSATION_NOT_FOUND: _ErrorReason.ValueType  # 20
     """NOT_FOUND: there is no such conversation, or it has expired."""
     ERROR_REASON_MEDIA_NOT_FOUND: _ErrorReason.ValueType  # 21
@@ -54,14 +56,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: an embedding has left every cache; encode the medium again."""
     ERROR_REASON_BATCH_NOT_FOUND: _ErrorReason.ValueType  # 23
     """NOT_FOUND: there is no such batch, or it has expired."""
+    ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 24
+    """NOT_FOUND: the conversation has no message of this id."""
+    ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 25
+    """NOT_FOUND: another model than the one that is served was asked for by name."""
     ERROR_REASON_CONVERSATION_BUSY: _ErrorReason.ValueType  # 30
     """ABORTED: another turn of this conversation is running; try again when it has ended."""
+    ERROR_REASON_TURN_ID_REUSED: _ErrorReason.ValueType  # 31
+    """FAILED_PRECONDITION: the conversation has another turn of this `turn_id`."""
     ERROR_REASON_EMBEDDING_INCOMPATIBLE: _ErrorReason.ValueType  # 40
     """FAILED_PRECONDITION: an embedding was made for another model than the one asked to read it."""
     ERROR_REASON_NO_CRITIC: _ErrorReason.ValueType  # 41
     """FAILED_PRECONDITION: ranking by a critic was asked for and this server has none."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 50
     """RESOURCE_EXHAUSTED: a queue is full; `google.rpc.RetryInfo` says when to try again."""
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 51
+    """RESOURCE_EXHAUSTED: the caller's tenant has used up a budget; `google.rpc.QuotaFailure` names it, and
+    `google.rpc.RetryInfo` says when the same request will pass.
+    """
+    ERROR_REASON_CLIENT_TOO_SLOW: _ErrorReason.ValueType  # 52
+    """RESOURCE_EXHAUSTED: the client does not read its answer, which therefore ended early."""
     ERROR_REASON_NOT_READY: _ErrorReason.ValueType  # 60
     """UNAVAILABLE: the service is starting or shutting down."""
     ERROR_REASON_VISION_UNAVAILABLE: _ErrorReason.ValueType  # 61
@@ -76,6 +90,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """DEADLINE_EXCEEDED: the time that the caller allowed has passed."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 80
     """INTERNAL: a fault of the server; the request id finds it in the log."""
+    ERROR_REASON_API_KEY_INVALID: _ErrorReason.ValueType  # 90
+    """UNAUTHENTICATED: the call shows no API key, or one that is unknown, wrong, revoked or expired."""
+    ERROR_REASON_NOT_PERMITTED: _ErrorReason.ValueType  # 91
+    """PERMISSION_DENIED: the API key is good, and this is for the keys of operators only; or no key is asked for, and this
+    is for callers who can be told apart.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Says what went wrong, for programs. Travels as the `reason` of a `google.rpc.ErrorInfo` (without the `ERROR_REASON_`
@@ -106,6 +126,8 @@ ERROR_REASON_NOT_SUPPORTED_BY_MODEL: ErrorReason.ValueType  # 10
 """INVALID_ARGUMENT: the model that is served has no form for what was asked (tools, grounding tags)."""
 ERROR_REASON_EMBEDDING_HANDLE_INVALID: ErrorReason.ValueType  # 11
 """INVALID_ARGUMENT: an embedding handle was not issued by this system, or was changed since."""
+ERROR_REASON_REMOTE_URL_REFUSED: ErrorReason.ValueType  # 12
+"""INVALID_ARGUMENT: the medium behind a URL is not fetched, or could not be; send its bytes."""
 ERROR_REASON_CONVERSATION_NOT_FOUND: ErrorReason.ValueType  # 20
 """NOT_FOUND: there is no such conversation, or it has expired."""
 ERROR_REASON_MEDIA_NOT_FOUND: ErrorReason.ValueType  # 21
@@ -114,14 +136,26 @@ ERROR_REASON_EMBEDDING_NOT_FOUND: ErrorReason.ValueType  # 22
 """NOT_FOUND: an embedding has left every cache; encode the medium again."""
 ERROR_REASON_BATCH_NOT_FOUND: ErrorReason.ValueType  # 23
 """NOT_FOUND: there is no such batch, or it has expired."""
+ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 24
+"""NOT_FOUND: the conversation has no message of this id."""
+ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 25
+"""NOT_FOUND: another model than the one that is served was asked for by name."""
 ERROR_REASON_CONVERSATION_BUSY: ErrorReason.ValueType  # 30
 """ABORTED: another turn of this conversation is running; try again when it has ended."""
+ERROR_REASON_TURN_ID_REUSED: ErrorReason.ValueType  # 31
+"""FAILED_PRECONDITION: the conversation has another turn of this `turn_id`."""
 ERROR_REASON_EMBEDDING_INCOMPATIBLE: ErrorReason.ValueType  # 40
 """FAILED_PRECONDITION: an embedding was made for another model than the one asked to read it."""
 ERROR_REASON_NO_CRITIC: ErrorReason.ValueType  # 41
 """FAILED_PRECONDITION: ranking by a critic was asked for and this server has none."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 50
 """RESOURCE_EXHAUSTED: a queue is full; `google.rpc.RetryInfo` says when to try again."""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 51
+"""RESOURCE_EXHAUSTED: the caller's tenant has used up a budget; `google.rpc.QuotaFailure` names it, and
+`google.rpc.RetryInfo` says when the same request will pass.
+"""
+ERROR_REASON_CLIENT_TOO_SLOW: ErrorReason.ValueType  # 52
+"""RESOURCE_EXHAUSTED: the client does not read its answer, which therefore ended early."""
 ERROR_REASON_NOT_READY: ErrorReason.ValueType  # 60
 """UNAVAILABLE: the service is starting or shutting down."""
 ERROR_REASON_VISION_UNAVAILABLE: ErrorReason.ValueType  # 61
@@ -136,4 +170,10 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 70
 """DEADLINE_EXCEEDED: the time that the caller allowed has passed."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 80
 """INTERNAL: a fault of the server; the request id finds it in the log."""
+ERROR_REASON_API_KEY_INVALID: ErrorReason.ValueType  # 90
+"""UNAUTHENTICATED: the call shows no API key, or one that is unknown, wrong, revoked or expired."""
+ERROR_REASON_NOT_PERMITTED: ErrorReason.ValueType  # 91
+"""PERMISSION_DENIED: the API key is good, and this is for the keys of operators only; or no key is asked for, and this
+is for callers who can be told apart.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -99,6 +99,32 @@ PRIORITY_BACKGROUND: Priority.ValueType  # 2
 """Nobody does: prompts are read when no others are to be read, and give up their memory first."""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
+class _ContextOverflow:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ContextOverflowEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ContextOverflow.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTEXT_OVERFLOW_UNSPECIFIED: _ContextOverflow.ValueType  # 0
+    """The request is refused with PROMPT_TOO_LONG."""
+    CONTEXT_OVERFLOW_DROP_OLDEST_TURNS: _ContextOverflow.ValueType  # 1
+    """Whole turns, a user's message and all that follows it until the user's next, are left out with their media, the oldest
+    first and as few as must go for the prompt to leave room for `max_output_tokens`, or for half of the context where
+    that is less. The system message and the last turn stay; where these alone do not fit: PROMPT_TOO_LONG.
+    """
+
+class ContextOverflow(_ContextOverflow, metaclass=_ContextOverflowEnumTypeWrapper):
+    """What happens where the model's context does not hold a dialogue."""
+
+CONTEXT_OVERFLOW_UNSPECIFIED: ContextOverflow.ValueType  # 0
+"""The request is refused with PROMPT_TOO_LONG."""
+CONTEXT_OVERFLOW_DROP_OLDEST_TURNS: ContextOverflow.ValueType  # 1
+"""Whole turns, a user's message and all that follows it until the user's next, are left out with their media, the oldest
+first and as few as must go for the prompt to leave room for `max_output_tokens`, or for half of the context where
+that is less. The system message and the last turn stay; where these alone do not fit: PROMPT_TOO_LONG.
+"""
+Global___ContextOverflow: _TypeAlias = ContextOverflow  # noqa: Y015
+
 @_typing.final
 class GenerationConfig(_message.Message):
     """How the answer is decoded. An absent field takes the default named beside it; zero is a value."""

@@ -61,6 +61,9 @@ class ChatRequest(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     MAX_TOTAL_TILES_FIELD_NUMBER: _builtins.int
     RANKING_METHOD_FIELD_NUMBER: _builtins.int
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    KEEP_PARTIAL_ANSWER_FIELD_NUMBER: _builtins.int
+    CONTEXT_OVERFLOW_FIELD_NUMBER: _builtins.int
     conversation_id: _builtins.str
     """A kept conversation to continue. Empty: `messages` is the whole dialogue and nothing is kept."""
     system_message: _builtins.str
@@ -73,6 +76,19 @@ class ChatRequest(_message.Message):
     """
     ranking_method: Global___RankingMethod.ValueType
     """How candidates are ranked."""
+    turn_id: _builtins.str
+    """The client's own name for this turn of a kept conversation: 1 to 128 letters, digits or the characters `._:-`, unique
+    in the conversation. Whoever sends a turn again under its id, after a lost stream, gets that same turn and no second
+    one: the stored answer where it was kept (`replayed`), else the turn is waited for where it still runs, else answered
+    anew. The same id with other messages is TURN_ID_REUSED. It lasts as long as the conversation. Empty: every call is
+    another turn.
+    """
+    keep_partial_answer: _builtins.bool
+    """What happens to a turn of a kept conversation that fails or is cancelled once its answer has begun. False: the
+    conversation stays as it was. True: the turn is kept with what was said so far, marked `cut_off`.
+    """
+    context_overflow: _generation_pb2.ContextOverflow.ValueType
+    """What happens where the model's context does not hold the dialogue."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Message]:
         """The dialogue in order, ending with a user message. In a kept conversation: exactly the new user message."""
@@ -96,10 +112,13 @@ class ChatRequest(_message.Message):
         tools: _abc.Iterable[_generation_pb2.Tool] | None = ...,
         max_total_tiles: _builtins.int | None = ...,
         ranking_method: Global___RankingMethod.ValueType = ...,
+        turn_id: _builtins.str = ...,
+        keep_partial_answer: _builtins.bool = ...,
+        context_overflow: _generation_pb2.ContextOverflow.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles", "_system_message", b"_system_message", "generation_config", b"generation_config", "max_total_tiles", b"max_total_tiles", "system_message", b"system_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles", "_system_message", b"_system_message", "conversation_id", b"conversation_id", "generation_config", b"generation_config", "max_total_tiles", b"max_total_tiles", "messages", b"messages", "ranking_method", b"ranking_method", "return_token_ids", b"return_token_ids", "system_message", b"system_message", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles", "_system_message", b"_system_message", "context_overflow", b"context_overflow", "conversation_id", b"conversation_id", "generation_config", b"generation_config", "keep_partial_answer", b"keep_partial_answer", "max_total_tiles", b"max_total_tiles", "messages", b"messages", "ranking_method", b"ranking_method", "return_token_ids", b"return_token_ids", "system_message", b"system_message", "tools", b"tools", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_total_tiles: _TypeAlias = _typing.Literal["max_total_tiles"]  # noqa: Y015
     _WhichOneofArgType__max_total_tiles: _TypeAlias = _typing.Literal["_max_total_tiles", b"_max_total_tiles"]  # noqa: Y015
@@ -160,12 +179,15 @@ class ChatStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    DROPPED_TURN_COUNT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Finds this call in every service's log."""
     model: _builtins.str
     """Name of the model."""
     prompt_token_count: _builtins.int
     """Tokens of the prompt, visual tokens included."""
+    dropped_turn_count: _builtins.int
+    """How many of the dialogue's oldest turns were left out because of `context_overflow`. A kept conversation keeps them."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's ids, when asked for."""
@@ -177,10 +199,11 @@ class ChatStarted(_message.Message):
         model: _builtins.str = ...,
         prompt_token_count: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        dropped_turn_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_turn_count", b"dropped_turn_count", "model", b"model", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -237,6 +260,7 @@ class ChatFinished(_message.Message):
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
     BEST_CANDIDATE_INDEX_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     finish_reason: _generation_pb2.FinishReason.ValueType
     """Why the best candidate ended."""
     message_id: _builtins.str
@@ -245,6 +269,10 @@ class ChatFinished(_message.Message):
     """
     best_candidate_index: _builtins.int
     """Index of the candidate that ranks first; it is the one that a kept conversation keeps."""
+    replayed: _builtins.bool
+    """Whether this turn was answered by an earlier call with its `turn_id`. Its whole text came in one delta, without ids and
+    log-probabilities; usage, timings and receipts are those of the earlier call, and the best candidate is the only one.
+    """
     @_builtins.property
     def usage(self) -> _generation_pb2.TokenUsage:
         """Tokens read and written."""
@@ -255,7 +283,7 @@ class ChatFinished(_message.Message):
 
     @_builtins.property
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MediaReceipt]:
-        """One entry per medium of the prompt, in order of appearance."""
+        """One entry per medium of the prompt, in order of appearance; media of turns that were left out have none."""
 
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
@@ -271,10 +299,11 @@ class ChatFinished(_message.Message):
         message_id: _builtins.str = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         best_candidate_index: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_candidate_index", b"best_candidate_index", "candidates", b"candidates", "finish_reason", b"finish_reason", "message_id", b"message_id", "receipts", b"receipts", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_candidate_index", b"best_candidate_index", "candidates", b"candidates", "finish_reason", b"finish_reason", "message_id", b"message_id", "receipts", b"receipts", "replayed", b"replayed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,6 +367,9 @@ class ChatTimings(_message.Message):
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     DECODE_DURATION_FIELD_NUMBER: _builtins.int
     TOTAL_DURATION_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    output_tokens_per_second: _builtins.float
+    """Tokens per second after the first, all candidates together; zero for an answer of one token."""
     @_builtins.property
     def media_duration(self) -> _duration_pb2.Duration:
         """From the call's arrival at the gateway until every medium had its embedding."""
@@ -371,10 +403,11 @@ class ChatTimings(_message.Message):
         time_to_first_token: _duration_pb2.Duration | None = ...,
         decode_duration: _duration_pb2.Duration | None = ...,
         total_duration: _duration_pb2.Duration | None = ...,
+        output_tokens_per_second: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decode_duration", b"decode_duration", "media_duration", b"media_duration", "prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_duration", b"decode_duration", "media_duration", b"media_duration", "prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_duration", b"decode_duration", "media_duration", b"media_duration", "output_tokens_per_second", b"output_tokens_per_second", "prefill_duration", b"prefill_duration", "queue_duration", b"queue_duration", "time_to_first_token", b"time_to_first_token", "total_duration", b"total_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,6 +431,9 @@ class MediaReceipt(_message.Message):
     TRANSFER_TIER_FIELD_NUMBER: _builtins.int
     TRANSFER_DURATION_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    QUEUE_DURATION_FIELD_NUMBER: _builtins.int
+    EMBEDDING_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSFER_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     media_digest: _builtins.str
     """SHA-256 (64 lower-case hex digits) of the medium's bytes."""
     tile_count: _builtins.int
@@ -414,6 +450,10 @@ class MediaReceipt(_message.Message):
     """Whether the encode was shared with another call."""
     transfer_tier: _embedding_pb2.CacheTier.ValueType
     """Where the LLM service read the embedding from."""
+    embedding_size_bytes: _builtins.int
+    """Bytes of the embedding."""
+    transfer_size_bytes: _builtins.int
+    """Bytes of it that the LLM service read for this turn; zero where its KV cache held them already."""
     @_builtins.property
     def preprocess_duration(self) -> _duration_pb2.Duration:
         """Time spent on decoding and tiling. Zero on a hit."""
@@ -430,6 +470,10 @@ class MediaReceipt(_message.Message):
     def frames(self) -> _containers.RepeatedCompositeFieldContainer[_embedding_pb2.VideoFrame]:
         """The frames that were seen, in order, for a video."""
 
+    @_builtins.property
+    def queue_duration(self) -> _duration_pb2.Duration:
+        """Time the medium waited for the vision tower. Zero on a hit."""
+
     def __init__(
         self,
         *,
@@ -445,10 +489,13 @@ class MediaReceipt(_message.Message):
         transfer_tier: _embedding_pb2.CacheTier.ValueType = ...,
         transfer_duration: _duration_pb2.Duration | None = ...,
         frames: _abc.Iterable[_embedding_pb2.VideoFrame] | None = ...,
+        queue_duration: _duration_pb2.Duration | None = ...,
+        embedding_size_bytes: _builtins.int = ...,
+        transfer_size_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["encode_duration", b"encode_duration", "preprocess_duration", b"preprocess_duration", "transfer_duration", b"transfer_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encode_duration", b"encode_duration", "preprocess_duration", b"preprocess_duration", "queue_duration", b"queue_duration", "transfer_duration", b"transfer_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "coalesced", b"coalesced", "columns", b"columns", "encode_duration", b"encode_duration", "frames", b"frames", "media_digest", b"media_digest", "preprocess_duration", b"preprocess_duration", "rows", b"rows", "tile_count", b"tile_count", "token_count", b"token_count", "transfer_duration", b"transfer_duration", "transfer_tier", b"transfer_tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "coalesced", b"coalesced", "columns", b"columns", "embedding_size_bytes", b"embedding_size_bytes", "encode_duration", b"encode_duration", "frames", b"frames", "media_digest", b"media_digest", "preprocess_duration", b"preprocess_duration", "queue_duration", b"queue_duration", "rows", b"rows", "tile_count", b"tile_count", "token_count", b"token_count", "transfer_duration", b"transfer_duration", "transfer_size_bytes", b"transfer_size_bytes", "transfer_tier", b"transfer_tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,7 +48,7 @@ class ChatServiceServicer:
 
     def Chat(self, request, context):
         """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call ends the turn and
-        leaves a kept conversation as it was.
+        leaves a kept conversation as it was, unless `keep_partial_answer` says otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

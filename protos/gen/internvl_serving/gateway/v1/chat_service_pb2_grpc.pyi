@@ -35,7 +35,7 @@ class ChatServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ChatServiceAsyncStub: ...
     Chat: _grpc.UnaryStreamMultiCallable[_chat_service_pb2.ChatRequest, _chat_service_pb2.ChatResponse]
     """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call ends the turn and
-    leaves a kept conversation as it was.
+    leaves a kept conversation as it was, unless `keep_partial_answer` says otherwise.
     """
 
 @_typing.type_check_only
@@ -45,7 +45,7 @@ class ChatServiceAsyncStub(ChatServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Chat: _aio.UnaryStreamMultiCallable[_chat_service_pb2.ChatRequest, _chat_service_pb2.ChatResponse]  # type: ignore[assignment]
     """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call ends the turn and
-    leaves a kept conversation as it was.
+    leaves a kept conversation as it was, unless `keep_partial_answer` says otherwise.
     """
 
 class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +58,7 @@ class ChatServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_chat_service_pb2.ChatResponse], _abc.AsyncIterator[_chat_service_pb2.ChatResponse]]:
         """Streams one answer: one `started`, any number of `delta`, one `finished`. Cancelling the call ends the turn and
-        leaves a kept conversation as it was.
+        leaves a kept conversation as it was, unless `keep_partial_answer` says otherwise.
         """
 
 def add_ChatServiceServicer_to_server(servicer: ChatServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -27,7 +27,7 @@ from internvl_serving.common.v1 import embedding_pb2 as internvl__serving_dot_co
 from internvl_serving.common.v1 import generation_pb2 as internvl__serving_dot_common_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)internvl_serving/gateway/v1/content.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a+internvl_serving/common/v1/generation.proto\"\xb0\x01\n\x07Message\x12.\n\x04role\x18\x01 \x01(\x0e\x32 .internvl_serving.common.v1.Role\x12\x30\n\x05parts\x18\x02 \x03(\x0b\x32!.internvl_serving.gateway.v1.Part\x12\x12\n\nmessage_id\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcb\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x33\n\x05media\x18\x02 \x01(\x0b\x32\".internvl_serving.gateway.v1.MediaH\x00\x12\x38\n\x05group\x18\x03 \x01(\x0b\x32\'.internvl_serving.gateway.v1.MediaGroupH\x00\x12\x39\n\ttool_call\x18\x04 \x01(\x0b\x32$.internvl_serving.common.v1.ToolCallH\x00\x42\t\n\x07\x63ontent\"?\n\nMediaGroup\x12\x31\n\x05media\x18\x01 \x03(\x0b\x32\".internvl_serving.gateway.v1.Media\"u\n\x05Media\x12\x10\n\x06inline\x18\x01 \x01(\x0cH\x00\x12\x10\n\x06\x64igest\x18\x02 \x01(\tH\x00\x12>\n\x07options\x18\x03 \x01(\x0b\x32-.internvl_serving.common.v1.PreprocessOptionsB\x08\n\x06sourceb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)internvl_serving/gateway/v1/content.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a+internvl_serving/common/v1/generation.proto\"\xc1\x01\n\x07Message\x12.\n\x04role\x18\x01 \x01(\x0e\x32 .internvl_serving.common.v1.Role\x12\x30\n\x05parts\x18\x02 \x03(\x0b\x32!.internvl_serving.gateway.v1.Part\x12\x12\n\nmessage_id\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63ut_off\x18\x05 \x01(\x08\"\xcb\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x33\n\x05media\x18\x02 \x01(\x0b\x32\".internvl_serving.gateway.v1.MediaH\x00\x12\x38\n\x05group\x18\x03 \x01(\x0b\x32\'.internvl_serving.gateway.v1.MediaGroupH\x00\x12\x39\n\ttool_call\x18\x04 \x01(\x0b\x32$.internvl_serving.common.v1.ToolCallH\x00\x42\t\n\x07\x63ontent\"?\n\nMediaGroup\x12\x31\n\x05media\x18\x01 \x03(\x0b\x32\".internvl_serving.gateway.v1.Media\"u\n\x05Media\x12\x10\n\x06inline\x18\x01 \x01(\x0cH\x00\x12\x10\n\x06\x64igest\x18\x02 \x01(\tH\x00\x12>\n\x07options\x18\x03 \x01(\x0b\x32-.internvl_serving.common.v1.PreprocessOptionsB\x08\n\x06sourceb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.gateway.v1
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MESSAGE']._serialized_start=197
-  _globals['_MESSAGE']._serialized_end=373
-  _globals['_PART']._serialized_start=376
-  _globals['_PART']._serialized_end=579
-  _globals['_MEDIAGROUP']._serialized_start=581
-  _globals['_MEDIAGROUP']._serialized_end=644
-  _globals['_MEDIA']._serialized_start=646
-  _globals['_MEDIA']._serialized_end=763
+  _globals['_MESSAGE']._serialized_end=390
+  _globals['_PART']._serialized_start=393
+  _globals['_PART']._serialized_end=596
+  _globals['_MEDIAGROUP']._serialized_start=598
+  _globals['_MEDIAGROUP']._serialized_end=661
+  _globals['_MEDIA']._serialized_start=663
+  _globals['_MEDIA']._serialized_end=780
 # @@protoc_insertion_point(module_scope)

@@ -31,10 +31,15 @@ class Message(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CUT_OFF_FIELD_NUMBER: _builtins.int
     role: _generation_pb2.Role.ValueType
     """Who speaks."""
     message_id: _builtins.str
     """Server-assigned, in kept conversations."""
+    cut_off: _builtins.bool
+    """Whether the answer was cut off: the turn failed or was cancelled, and was kept because of `keep_partial_answer`.
+    Server-assigned.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
         """What is said, in reading order. A newline is put after a media part when another media part follows, or text that
@@ -52,10 +57,11 @@ class Message(_message.Message):
         parts: _abc.Iterable[Global___Part] | None = ...,
         message_id: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        cut_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "message_id", b"message_id", "parts", b"parts", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "cut_off", b"cut_off", "message_id", b"message_id", "parts", b"parts", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from internvl_serving.gateway.v1 import content_pb2 as internvl__serving_dot_gateway_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n6internvl_serving/gateway/v1/conversation_service.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a)internvl_serving/gateway/v1/content.proto\"\xd0\x01\n\x0c\x43onversation\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x1b\n\x0esystem_message\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x15\n\rmessage_count\x18\x03 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x11\n\x0f_system_message\"s\n\x19\x43reateConversationRequest\x12\x1b\n\x0esystem_message\x18\x01 \x01(\tH\x00\x88\x01\x01\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_system_message\"]\n\x1a\x43reateConversationResponse\x12?\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.Conversation\"1\n\x16GetConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\"Z\n\x17GetConversationResponse\x12?\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.Conversation\"U\n\x13ListMessagesRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"g\n\x14ListMessagesResponse\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.internvl_serving.gateway.v1.Message\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x19\x44\x65leteConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteConversationResponse2\x98\x04\n\x13\x43onversationService\x12\x85\x01\n\x12\x43reateConversation\x12\x36.internvl_serving.gateway.v1.CreateConversationRequest\x1a\x37.internvl_serving.gateway.v1.CreateConversationResponse\x12|\n\x0fGetConversation\x12\x33.internvl_serving.gateway.v1.GetConversationRequest\x1a\x34.internvl_serving.gateway.v1.GetConversationResponse\x12s\n\x0cListMessages\x12\x30.internvl_serving.gateway.v1.ListMessagesRequest\x1a\x31.internvl_serving.gateway.v1.ListMessagesResponse\x12\x85\x01\n\x12\x44\x65leteConversation\x12\x36.internvl_serving.gateway.v1.DeleteConversationRequest\x1a\x37.internvl_serving.gateway.v1.DeleteConversationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n6internvl_serving/gateway/v1/conversation_service.proto\x12\x1binternvl_serving.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a)internvl_serving/gateway/v1/content.proto\"\xd0\x01\n\x0c\x43onversation\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x1b\n\x0esystem_message\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x15\n\rmessage_count\x18\x03 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x11\n\x0f_system_message\"s\n\x19\x43reateConversationRequest\x12\x1b\n\x0esystem_message\x18\x01 \x01(\tH\x00\x88\x01\x01\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_system_message\"]\n\x1a\x43reateConversationResponse\x12?\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.Conversation\"1\n\x16GetConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\"Z\n\x17GetConversationResponse\x12?\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.Conversation\"A\n\x18ListConversationsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"v\n\x19ListConversationsResponse\x12@\n\rconversations\x18\x01 \x03(\x0b\x32).internvl_serving.gateway.v1.Conversation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"n\n\x17\x46orkConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\x18\x46orkConversationResponse\x12?\n\x0c\x63onversation\x18\x01 \x01(\x0b\x32).internvl_serving.gateway.v1.Conversation\"U\n\x13ListMessagesRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"g\n\x14ListMessagesResponse\x12\x36\n\x08messages\x18\x01 \x03(\x0b\x32$.internvl_serving.gateway.v1.Message\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x19\x44\x65leteConversationRequest\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteConversationResponse2\x9e\x06\n\x13\x43onversationService\x12\x85\x01\n\x12\x43reateConversation\x12\x36.internvl_serving.gateway.v1.CreateConversationRequest\x1a\x37.internvl_serving.gateway.v1.CreateConversationResponse\x12|\n\x0fGetConversation\x12\x33.internvl_serving.gateway.v1.GetConversationRequest\x1a\x34.internvl_serving.gateway.v1.GetConversationResponse\x12\x82\x01\n\x11ListConversations\x12\x35.internvl_serving.gateway.v1.ListConversationsRequest\x1a\x36.internvl_serving.gateway.v1.ListConversationsResponse\x12s\n\x0cListMessages\x12\x30.internvl_serving.gateway.v1.ListMessagesRequest\x1a\x31.internvl_serving.gateway.v1.ListMessagesResponse\x12\x7f\n\x10\x46orkConversation\x12\x34.internvl_serving.gateway.v1.ForkConversationRequest\x1a\x35.internvl_serving.gateway.v1.ForkConversationResponse\x12\x85\x01\n\x12\x44\x65leteConversation\x12\x36.internvl_serving.gateway.v1.DeleteConversationRequest\x1a\x37.internvl_serving.gateway.v1.DeleteConversationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,14 +44,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCONVERSATIONREQUEST']._serialized_end=667
   _globals['_GETCONVERSATIONRESPONSE']._serialized_start=669
   _globals['_GETCONVERSATIONRESPONSE']._serialized_end=759
-  _globals['_LISTMESSAGESREQUEST']._serialized_start=761
-  _globals['_LISTMESSAGESREQUEST']._serialized_end=846
-  _globals['_LISTMESSAGESRESPONSE']._serialized_start=848
-  _globals['_LISTMESSAGESRESPONSE']._serialized_end=951
-  _globals['_DELETECONVERSATIONREQUEST']._serialized_start=953
-  _globals['_DELETECONVERSATIONREQUEST']._serialized_end=1005
-  _globals['_DELETECONVERSATIONRESPONSE']._serialized_start=1007
-  _globals['_DELETECONVERSATIONRESPONSE']._serialized_end=1035
-  _globals['_CONVERSATIONSERVICE']._serialized_start=1038
-  _globals['_CONVERSATIONSERVICE']._serialized_end=1574
+  _globals['_LISTCONVERSATIONSREQUEST']._serialized_start=761
+  _globals['_LISTCONVERSATIONSREQUEST']._serialized_end=826
+  _globals['_LISTCONVERSATIONSRESPONSE']._serialized_start=828
+  _globals['_LISTCONVERSATIONSRESPONSE']._serialized_end=946
+  _globals['_FORKCONVERSATIONREQUEST']._serialized_start=948
+  _globals['_FORKCONVERSATIONREQUEST']._serialized_end=1058
+  _globals['_FORKCONVERSATIONRESPONSE']._serialized_start=1060
+  _globals['_FORKCONVERSATIONRESPONSE']._serialized_end=1151
+  _globals['_LISTMESSAGESREQUEST']._serialized_start=1153
+  _globals['_LISTMESSAGESREQUEST']._serialized_end=1238
+  _globals['_LISTMESSAGESRESPONSE']._serialized_start=1240
+  _globals['_LISTMESSAGESRESPONSE']._serialized_end=1343
+  _globals['_DELETECONVERSATIONREQUEST']._serialized_start=1345
+  _globals['_DELETECONVERSATIONREQUEST']._serialized_end=1397
+  _globals['_DELETECONVERSATIONRESPONSE']._serialized_start=1399
+  _globals['_DELETECONVERSATIONRESPONSE']._serialized_end=1427
+  _globals['_CONVERSATIONSERVICE']._serialized_start=1430
+  _globals['_CONVERSATIONSERVICE']._serialized_end=2228
 # @@protoc_insertion_point(module_scope)

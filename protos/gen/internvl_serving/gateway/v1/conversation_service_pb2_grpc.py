@@ -45,10 +45,20 @@ class ConversationServiceStub:
                 request_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.GetConversationRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.GetConversationResponse.FromString,
                 _registered_method=True)
+        self.ListConversations = channel.unary_unary(
+                '/internvl_serving.gateway.v1.ConversationService/ListConversations',
+                request_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListConversationsRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListConversationsResponse.FromString,
+                _registered_method=True)
         self.ListMessages = channel.unary_unary(
                 '/internvl_serving.gateway.v1.ConversationService/ListMessages',
                 request_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListMessagesRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListMessagesResponse.FromString,
+                _registered_method=True)
+        self.ForkConversation = channel.unary_unary(
+                '/internvl_serving.gateway.v1.ConversationService/ForkConversation',
+                request_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ForkConversationRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ForkConversationResponse.FromString,
                 _registered_method=True)
         self.DeleteConversation = channel.unary_unary(
                 '/internvl_serving.gateway.v1.ConversationService/DeleteConversation',
@@ -75,8 +85,24 @@ class ConversationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListConversations(self, request, context):
+        """Returns the caller's conversations, the one that was used last first; of very many only those. Where callers need no
+        API key all of them share what there is; a server that anybody can reach without one lists nothing (NOT_PERMITTED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMessages(self, request, context):
         """Returns a conversation's messages, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkConversation(self, request, context):
+        """Begins a conversation that shares another's past: its system message and its messages up to one of its answers.
+        Either then goes on without the other.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,10 +128,20 @@ def add_ConversationServiceServicer_to_server(servicer, server):
                     request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.GetConversationRequest.FromString,
                     response_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.GetConversationResponse.SerializeToString,
             ),
+            'ListConversations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListConversations,
+                    request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListConversationsRequest.FromString,
+                    response_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListConversationsResponse.SerializeToString,
+            ),
             'ListMessages': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMessages,
                     request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListMessagesRequest.FromString,
                     response_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListMessagesResponse.SerializeToString,
+            ),
+            'ForkConversation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkConversation,
+                    request_deserializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ForkConversationRequest.FromString,
+                    response_serializer=internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ForkConversationResponse.SerializeToString,
             ),
             'DeleteConversation': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteConversation,
@@ -179,6 +215,33 @@ class ConversationService:
             _registered_method=True)
 
     @staticmethod
+    def ListConversations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.gateway.v1.ConversationService/ListConversations',
+            internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListConversationsRequest.SerializeToString,
+            internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListConversationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListMessages(request,
             target,
             options=(),
@@ -195,6 +258,33 @@ class ConversationService:
             '/internvl_serving.gateway.v1.ConversationService/ListMessages',
             internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListMessagesRequest.SerializeToString,
             internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ListMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkConversation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.gateway.v1.ConversationService/ForkConversation',
+            internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ForkConversationRequest.SerializeToString,
+            internvl__serving_dot_gateway_dot_v1_dot_conversation__service__pb2.ForkConversationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,8 +37,16 @@ class ConversationServiceStub:
     """Begins a conversation."""
     GetConversation: _grpc.UnaryUnaryMultiCallable[_conversation_service_pb2.GetConversationRequest, _conversation_service_pb2.GetConversationResponse]
     """Returns a conversation without its messages."""
+    ListConversations: _grpc.UnaryUnaryMultiCallable[_conversation_service_pb2.ListConversationsRequest, _conversation_service_pb2.ListConversationsResponse]
+    """Returns the caller's conversations, the one that was used last first; of very many only those. Where callers need no
+    API key all of them share what there is; a server that anybody can reach without one lists nothing (NOT_PERMITTED).
+    """
     ListMessages: _grpc.UnaryUnaryMultiCallable[_conversation_service_pb2.ListMessagesRequest, _conversation_service_pb2.ListMessagesResponse]
     """Returns a conversation's messages, oldest first."""
+    ForkConversation: _grpc.UnaryUnaryMultiCallable[_conversation_service_pb2.ForkConversationRequest, _conversation_service_pb2.ForkConversationResponse]
+    """Begins a conversation that shares another's past: its system message and its messages up to one of its answers.
+    Either then goes on without the other.
+    """
     DeleteConversation: _grpc.UnaryUnaryMultiCallable[_conversation_service_pb2.DeleteConversationRequest, _conversation_service_pb2.DeleteConversationResponse]
     """Forgets a conversation."""
 
@@ -51,8 +59,16 @@ class ConversationServiceAsyncStub(ConversationServiceStub):
     """Begins a conversation."""
     GetConversation: _aio.UnaryUnaryMultiCallable[_conversation_service_pb2.GetConversationRequest, _conversation_service_pb2.GetConversationResponse]  # type: ignore[assignment]
     """Returns a conversation without its messages."""
+    ListConversations: _aio.UnaryUnaryMultiCallable[_conversation_service_pb2.ListConversationsRequest, _conversation_service_pb2.ListConversationsResponse]  # type: ignore[assignment]
+    """Returns the caller's conversations, the one that was used last first; of very many only those. Where callers need no
+    API key all of them share what there is; a server that anybody can reach without one lists nothing (NOT_PERMITTED).
+    """
     ListMessages: _aio.UnaryUnaryMultiCallable[_conversation_service_pb2.ListMessagesRequest, _conversation_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
     """Returns a conversation's messages, oldest first."""
+    ForkConversation: _aio.UnaryUnaryMultiCallable[_conversation_service_pb2.ForkConversationRequest, _conversation_service_pb2.ForkConversationResponse]  # type: ignore[assignment]
+    """Begins a conversation that shares another's past: its system message and its messages up to one of its answers.
+    Either then goes on without the other.
+    """
     DeleteConversation: _aio.UnaryUnaryMultiCallable[_conversation_service_pb2.DeleteConversationRequest, _conversation_service_pb2.DeleteConversationResponse]  # type: ignore[assignment]
     """Forgets a conversation."""
 
@@ -76,12 +92,32 @@ class ConversationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns a conversation without its messages."""
 
     @_abc_1.abstractmethod
+    def ListConversations(
+        self,
+        request: _conversation_service_pb2.ListConversationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_conversation_service_pb2.ListConversationsResponse, _abc.Awaitable[_conversation_service_pb2.ListConversationsResponse]]:
+        """Returns the caller's conversations, the one that was used last first; of very many only those. Where callers need no
+        API key all of them share what there is; a server that anybody can reach without one lists nothing (NOT_PERMITTED).
+        """
+
+    @_abc_1.abstractmethod
     def ListMessages(
         self,
         request: _conversation_service_pb2.ListMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_conversation_service_pb2.ListMessagesResponse, _abc.Awaitable[_conversation_service_pb2.ListMessagesResponse]]:
         """Returns a conversation's messages, oldest first."""
+
+    @_abc_1.abstractmethod
+    def ForkConversation(
+        self,
+        request: _conversation_service_pb2.ForkConversationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_conversation_service_pb2.ForkConversationResponse, _abc.Awaitable[_conversation_service_pb2.ForkConversationResponse]]:
+        """Begins a conversation that shares another's past: its system message and its messages up to one of its answers.
+        Either then goes on without the other.
+        """
 
     @_abc_1.abstractmethod
     def DeleteConversation(

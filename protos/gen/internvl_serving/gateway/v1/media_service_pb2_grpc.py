@@ -67,7 +67,7 @@ class MediaServiceServicer:
     """
 
     def FindMissing(self, request, context):
-        """Says which of some digests the server does not hold.
+        """Says which of some digests the server does not hold for the caller's tenant; what others have uploaded is not told.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +97,8 @@ class MediaServiceServicer:
 
     def DeleteMedium(self, request, context):
         """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
-        once it has been uploaded again.
+        once it has been uploaded again. Of a tenant only its own bytes are removed; embeddings that it shares with others
+        are removed as well, and made again from the others' own bytes when they need them: that costs them time, no answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

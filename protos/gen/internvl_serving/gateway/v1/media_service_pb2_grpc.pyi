@@ -34,7 +34,7 @@ class MediaServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MediaServiceAsyncStub: ...
     FindMissing: _grpc.UnaryUnaryMultiCallable[_media_service_pb2.FindMissingRequest, _media_service_pb2.FindMissingResponse]
-    """Says which of some digests the server does not hold."""
+    """Says which of some digests the server does not hold for the caller's tenant; what others have uploaded is not told."""
     Upload: _grpc.StreamUnaryMultiCallable[_media_service_pb2.UploadRequest, _media_service_pb2.UploadResponse]
     """Stores a medium. The first message is the header; chunks of the bytes follow."""
     Prefetch: _grpc.UnaryStreamMultiCallable[_media_service_pb2.PrefetchRequest, _media_service_pb2.PrefetchResponse]
@@ -45,7 +45,8 @@ class MediaServiceStub:
     """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
     DeleteMedium: _grpc.UnaryUnaryMultiCallable[_media_service_pb2.DeleteMediumRequest, _media_service_pb2.DeleteMediumResponse]
     """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
-    once it has been uploaded again.
+    once it has been uploaded again. Of a tenant only its own bytes are removed; embeddings that it shares with others
+    are removed as well, and made again from the others' own bytes when they need them: that costs them time, no answer.
     """
 
 @_typing.type_check_only
@@ -54,7 +55,7 @@ class MediaServiceAsyncStub(MediaServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     FindMissing: _aio.UnaryUnaryMultiCallable[_media_service_pb2.FindMissingRequest, _media_service_pb2.FindMissingResponse]  # type: ignore[assignment]
-    """Says which of some digests the server does not hold."""
+    """Says which of some digests the server does not hold for the caller's tenant; what others have uploaded is not told."""
     Upload: _aio.StreamUnaryMultiCallable[_media_service_pb2.UploadRequest, _media_service_pb2.UploadResponse]  # type: ignore[assignment]
     """Stores a medium. The first message is the header; chunks of the bytes follow."""
     Prefetch: _aio.UnaryStreamMultiCallable[_media_service_pb2.PrefetchRequest, _media_service_pb2.PrefetchResponse]  # type: ignore[assignment]
@@ -65,7 +66,8 @@ class MediaServiceAsyncStub(MediaServiceStub):
     """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
     DeleteMedium: _aio.UnaryUnaryMultiCallable[_media_service_pb2.DeleteMediumRequest, _media_service_pb2.DeleteMediumResponse]  # type: ignore[assignment]
     """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
-    once it has been uploaded again.
+    once it has been uploaded again. Of a tenant only its own bytes are removed; embeddings that it shares with others
+    are removed as well, and made again from the others' own bytes when they need them: that costs them time, no answer.
     """
 
 class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -77,7 +79,7 @@ class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _media_service_pb2.FindMissingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_media_service_pb2.FindMissingResponse, _abc.Awaitable[_media_service_pb2.FindMissingResponse]]:
-        """Says which of some digests the server does not hold."""
+        """Says which of some digests the server does not hold for the caller's tenant; what others have uploaded is not told."""
 
     @_abc_1.abstractmethod
     def Upload(
@@ -112,7 +114,8 @@ class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_media_service_pb2.DeleteMediumResponse, _abc.Awaitable[_media_service_pb2.DeleteMediumResponse]]:
         """Removes a medium's bytes and every embedding made from them, from all caches. Conversations that hold it can go on
-        once it has been uploaded again.
+        once it has been uploaded again. Of a tenant only its own bytes are removed; embeddings that it shares with others
+        are removed as well, and made again from the others' own bytes when they need them: that costs them time, no answer.
         """
 
 def add_MediaServiceServicer_to_server(servicer: MediaServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,47 +25,56 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from internvl_serving.common.v1 import embedding_pb2 as internvl__serving_dot_common_dot_v1_dot_embedding__pb2
 from internvl_serving.common.v1 import generation_pb2 as internvl__serving_dot_common_dot_v1_dot_generation__pb2
+from internvl_serving.common.v1 import status_pb2 as internvl__serving_dot_common_dot_v1_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)internvl_serving/llm/v1/llm_service.proto\x12\x17internvl_serving.llm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a+internvl_serving/common/v1/generation.proto\"\x97\x01\n\x06Prompt\x12\x1b\n\x0esystem_message\x18\x01 \x01(\tH\x00\x88\x01\x01\x12,\n\x05turns\x18\x02 \x03(\x0b\x32\x1d.internvl_serving.llm.v1.Turn\x12/\n\x05tools\x18\x03 \x03(\x0b\x32 .internvl_serving.common.v1.ToolB\x11\n\x0f_system_message\"j\n\x04Turn\x12.\n\x04role\x18\x01 \x01(\x0e\x32 .internvl_serving.common.v1.Role\x12\x32\n\x08segments\x18\x02 \x03(\x0b\x32 .internvl_serving.llm.v1.Segment\"\x99\x01\n\x07Segment\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x38\n\x06visual\x18\x02 \x01(\x0b\x32&.internvl_serving.llm.v1.VisualSegmentH\x00\x12\x39\n\ttool_call\x18\x03 \x01(\x0b\x32$.internvl_serving.common.v1.ToolCallH\x00\x42\t\n\x07\x63ontent\"n\n\rVisualSegment\x12?\n\nembeddings\x18\x01 \x03(\x0b\x32+.internvl_serving.common.v1.EmbeddingHandle\x12\x12\n\x05\x66rame\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_frame\"\xdd\x01\n\x0fGenerateRequest\x12/\n\x06prompt\x18\x01 \x01(\x0b\x32\x1f.internvl_serving.llm.v1.Prompt\x12G\n\x11generation_config\x18\x02 \x01(\x0b\x32,.internvl_serving.common.v1.GenerationConfig\x12\x18\n\x10return_token_ids\x18\x03 \x01(\x08\x12\x36\n\x08priority\x18\x04 \x01(\x0e\x32$.internvl_serving.common.v1.Priority\"\xd0\x01\n\x10GenerateResponse\x12;\n\x07started\x18\x01 \x01(\x0b\x32(.internvl_serving.llm.v1.GenerateStartedH\x00\x12\x37\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32&.internvl_serving.llm.v1.GenerateDeltaH\x00\x12=\n\x08\x66inished\x18\x03 \x01(\x0b\x32).internvl_serving.llm.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"V\n\x0fGenerateStarted\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\x05\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\"\x85\x01\n\rGenerateDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\x05\x12:\n\x08logprobs\x18\x04 \x03(\x0b\x32(.internvl_serving.common.v1.TokenLogprob\"\xa3\x03\n\x10GenerateFinished\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x35\n\x05usage\x18\x02 \x01(\x0b\x32&.internvl_serving.common.v1.TokenUsage\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12=\n\ttransfers\x18\x06 \x03(\x0b\x32*.internvl_serving.llm.v1.EmbeddingTransfer\x12<\n\ncandidates\x18\x07 \x03(\x0b\x32(.internvl_serving.llm.v1.CandidateResult\"\xbe\x01\n\x0f\x43\x61ndidateResult\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x1a\n\x12output_token_count\x18\x02 \x01(\x05\x12\x14\n\x0cmean_logprob\x18\x03 \x01(\x02\x12\x38\n\ntool_calls\x18\x04 \x03(\x0b\x32$.internvl_serving.common.v1.ToolCall\"\x8b\x01\n\x11\x45mbeddingTransfer\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x39\n\ncache_tier\x18\x02 \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"X\n\x12\x43ountTokensRequest\x12/\n\x06prompt\x18\x01 \x01(\x0b\x32\x1f.internvl_serving.llm.v1.Prompt\x12\x11\n\tgrounding\x18\x02 \x01(\x08\"F\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x1a\n\x12visual_token_count\x18\x02 \x01(\x05\"U\n\x11ScoreTurnsRequest\x12/\n\x06prompt\x18\x01 \x01(\x0b\x32\x1f.internvl_serving.llm.v1.Prompt\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\t\"V\n\x12ScoreTurnsResponse\x12\x31\n\x05turns\x18\x01 \x03(\x0b\x32\".internvl_serving.llm.v1.TurnScore\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\tTurnScore\x12\x15\n\rprobabilities\x18\x01 \x03(\x02\x32\xc0\x02\n\nLlmService\x12\x61\n\x08Generate\x12(.internvl_serving.llm.v1.GenerateRequest\x1a).internvl_serving.llm.v1.GenerateResponse0\x01\x12\x65\n\nScoreTurns\x12*.internvl_serving.llm.v1.ScoreTurnsRequest\x1a+.internvl_serving.llm.v1.ScoreTurnsResponse\x12h\n\x0b\x43ountTokens\x12+.internvl_serving.llm.v1.CountTokensRequest\x1a,.internvl_serving.llm.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)internvl_serving/llm/v1/llm_service.proto\x12\x17internvl_serving.llm.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a+internvl_serving/common/v1/generation.proto\x1a\'internvl_serving/common/v1/status.proto\"\xa7\x01\n\x06Prompt\x12\x1b\n\x0esystem_message\x18\x01 \x01(\tH\x00\x88\x01\x01\x12,\n\x05turns\x18\x02 \x03(\x0b\x32\x1d.internvl_serving.llm.v1.Turn\x12/\n\x05tools\x18\x03 \x03(\x0b\x32 .internvl_serving.common.v1.Tool\x12\x0e\n\x06tenant\x18\x04 \x01(\tB\x11\n\x0f_system_message\"j\n\x04Turn\x12.\n\x04role\x18\x01 \x01(\x0e\x32 .internvl_serving.common.v1.Role\x12\x32\n\x08segments\x18\x02 \x03(\x0b\x32 .internvl_serving.llm.v1.Segment\"\x99\x01\n\x07Segment\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x38\n\x06visual\x18\x02 \x01(\x0b\x32&.internvl_serving.llm.v1.VisualSegmentH\x00\x12\x39\n\ttool_call\x18\x03 \x01(\x0b\x32$.internvl_serving.common.v1.ToolCallH\x00\x42\t\n\x07\x63ontent\"n\n\rVisualSegment\x12?\n\nembeddings\x18\x01 \x03(\x0b\x32+.internvl_serving.common.v1.EmbeddingHandle\x12\x12\n\x05\x66rame\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_frame\"\xa4\x02\n\x0fGenerateRequest\x12/\n\x06prompt\x18\x01 \x01(\x0b\x32\x1f.internvl_serving.llm.v1.Prompt\x12G\n\x11generation_config\x18\x02 \x01(\x0b\x32,.internvl_serving.common.v1.GenerationConfig\x12\x18\n\x10return_token_ids\x18\x03 \x01(\x08\x12\x36\n\x08priority\x18\x04 \x01(\x0e\x32$.internvl_serving.common.v1.Priority\x12\x45\n\x10\x63ontext_overflow\x18\x05 \x01(\x0e\x32+.internvl_serving.common.v1.ContextOverflow\"\xd0\x01\n\x10GenerateResponse\x12;\n\x07started\x18\x01 \x01(\x0b\x32(.internvl_serving.llm.v1.GenerateStartedH\x00\x12\x37\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32&.internvl_serving.llm.v1.GenerateDeltaH\x00\x12=\n\x08\x66inished\x18\x03 \x01(\x0b\x32).internvl_serving.llm.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"r\n\x0fGenerateStarted\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x12prompt_token_count\x18\x02 \x01(\x05\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x1a\n\x12\x64ropped_turn_count\x18\x04 \x01(\x05\"\x85\x01\n\rGenerateDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x17\n\x0f\x63\x61ndidate_index\x18\x03 \x01(\x05\x12:\n\x08logprobs\x18\x04 \x03(\x0b\x32(.internvl_serving.common.v1.TokenLogprob\"\xa3\x03\n\x10GenerateFinished\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x35\n\x05usage\x18\x02 \x01(\x0b\x32&.internvl_serving.common.v1.TokenUsage\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x64\x65\x63ode_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12=\n\ttransfers\x18\x06 \x03(\x0b\x32*.internvl_serving.llm.v1.EmbeddingTransfer\x12<\n\ncandidates\x18\x07 \x03(\x0b\x32(.internvl_serving.llm.v1.CandidateResult\"\xbe\x01\n\x0f\x43\x61ndidateResult\x12?\n\rfinish_reason\x18\x01 \x01(\x0e\x32(.internvl_serving.common.v1.FinishReason\x12\x1a\n\x12output_token_count\x18\x02 \x01(\x05\x12\x14\n\x0cmean_logprob\x18\x03 \x01(\x02\x12\x38\n\ntool_calls\x18\x04 \x03(\x0b\x32$.internvl_serving.common.v1.ToolCall\"\x9f\x01\n\x11\x45mbeddingTransfer\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x39\n\ncache_tier\x18\x02 \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12+\n\x08\x64uration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"\x8e\x01\n\x12\x43ountTokensRequest\x12/\n\x06prompt\x18\x01 \x01(\x0b\x32\x1f.internvl_serving.llm.v1.Prompt\x12\x11\n\tgrounding\x18\x02 \x01(\x08\x12\x11\n\x04text\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x10return_token_ids\x18\x04 \x01(\x08\x42\x07\n\x05_text\"Y\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\x12\x1a\n\x12visual_token_count\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\"\x16\n\x14\x44\x65scribeModelRequest\"B\n\x15\x44\x65scribeModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\x05\"U\n\x11ScoreTurnsRequest\x12/\n\x06prompt\x18\x01 \x01(\x0b\x32\x1f.internvl_serving.llm.v1.Prompt\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\t\"V\n\x12ScoreTurnsResponse\x12\x31\n\x05turns\x18\x01 \x03(\x0b\x32\".internvl_serving.llm.v1.TurnScore\x12\r\n\x05model\x18\x02 \x01(\t\"\"\n\tTurnScore\x12\x15\n\rprobabilities\x18\x01 \x03(\x02\"\x12\n\x10GetStatusRequest\"N\n\x11GetStatusResponse\x12\x39\n\x06status\x18\x01 \x01(\x0b\x32).internvl_serving.common.v1.ServiceStatus2\x94\x04\n\nLlmService\x12\x61\n\x08Generate\x12(.internvl_serving.llm.v1.GenerateRequest\x1a).internvl_serving.llm.v1.GenerateResponse0\x01\x12\x65\n\nScoreTurns\x12*.internvl_serving.llm.v1.ScoreTurnsRequest\x1a+.internvl_serving.llm.v1.ScoreTurnsResponse\x12h\n\x0b\x43ountTokens\x12+.internvl_serving.llm.v1.CountTokensRequest\x1a,.internvl_serving.llm.v1.CountTokensResponse\x12\x62\n\tGetStatus\x12).internvl_serving.llm.v1.GetStatusRequest\x1a*.internvl_serving.llm.v1.GetStatusResponse\x12n\n\rDescribeModel\x12-.internvl_serving.llm.v1.DescribeModelRequest\x1a..internvl_serving.llm.v1.DescribeModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.llm.v1.llm_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROMPT']._serialized_start=192
-  _globals['_PROMPT']._serialized_end=343
-  _globals['_TURN']._serialized_start=345
-  _globals['_TURN']._serialized_end=451
-  _globals['_SEGMENT']._serialized_start=454
-  _globals['_SEGMENT']._serialized_end=607
-  _globals['_VISUALSEGMENT']._serialized_start=609
-  _globals['_VISUALSEGMENT']._serialized_end=719
-  _globals['_GENERATEREQUEST']._serialized_start=722
-  _globals['_GENERATEREQUEST']._serialized_end=943
-  _globals['_GENERATERESPONSE']._serialized_start=946
-  _globals['_GENERATERESPONSE']._serialized_end=1154
-  _globals['_GENERATESTARTED']._serialized_start=1156
-  _globals['_GENERATESTARTED']._serialized_end=1242
-  _globals['_GENERATEDELTA']._serialized_start=1245
-  _globals['_GENERATEDELTA']._serialized_end=1378
-  _globals['_GENERATEFINISHED']._serialized_start=1381
-  _globals['_GENERATEFINISHED']._serialized_end=1800
-  _globals['_CANDIDATERESULT']._serialized_start=1803
-  _globals['_CANDIDATERESULT']._serialized_end=1993
-  _globals['_EMBEDDINGTRANSFER']._serialized_start=1996
-  _globals['_EMBEDDINGTRANSFER']._serialized_end=2135
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2137
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2225
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2227
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2297
-  _globals['_SCORETURNSREQUEST']._serialized_start=2299
-  _globals['_SCORETURNSREQUEST']._serialized_end=2384
-  _globals['_SCORETURNSRESPONSE']._serialized_start=2386
-  _globals['_SCORETURNSRESPONSE']._serialized_end=2472
-  _globals['_TURNSCORE']._serialized_start=2474
-  _globals['_TURNSCORE']._serialized_end=2508
-  _globals['_LLMSERVICE']._serialized_start=2511
-  _globals['_LLMSERVICE']._serialized_end=2831
+  _globals['_PROMPT']._serialized_start=233
+  _globals['_PROMPT']._serialized_end=400
+  _globals['_TURN']._serialized_start=402
+  _globals['_TURN']._serialized_end=508
+  _globals['_SEGMENT']._serialized_start=511
+  _globals['_SEGMENT']._serialized_end=664
+  _globals['_VISUALSEGMENT']._serialized_start=666
+  _globals['_VISUALSEGMENT']._serialized_end=776
+  _globals['_GENERATEREQUEST']._serialized_start=779
+  _globals['_GENERATEREQUEST']._serialized_end=1071
+  _globals['_GENERATERESPONSE']._serialized_start=1074
+  _globals['_GENERATERESPONSE']._serialized_end=1282
+  _globals['_GENERATESTARTED']._serialized_start=1284
+  _globals['_GENERATESTARTED']._serialized_end=1398
+  _globals['_GENERATEDELTA']._serialized_start=1401
+  _globals['_GENERATEDELTA']._serialized_end=1534
+  _globals['_GENERATEFINISHED']._serialized_start=1537
+  _globals['_GENERATEFINISHED']._serialized_end=1956
+  _globals['_CANDIDATERESULT']._serialized_start=1959
+  _globals['_CANDIDATERESULT']._serialized_end=2149
+  _globals['_EMBEDDINGTRANSFER']._serialized_start=2152
+  _globals['_EMBEDDINGTRANSFER']._serialized_end=2311
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=2314
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=2456
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2458
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2547
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=2549
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=2571
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=2573
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=2639
+  _globals['_SCORETURNSREQUEST']._serialized_start=2641
+  _globals['_SCORETURNSREQUEST']._serialized_end=2726
+  _globals['_SCORETURNSRESPONSE']._serialized_start=2728
+  _globals['_SCORETURNSRESPONSE']._serialized_end=2814
+  _globals['_TURNSCORE']._serialized_start=2816
+  _globals['_TURNSCORE']._serialized_end=2850
+  _globals['_GETSTATUSREQUEST']._serialized_start=2852
+  _globals['_GETSTATUSREQUEST']._serialized_end=2870
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2872
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2950
+  _globals['_LLMSERVICE']._serialized_start=2953
+  _globals['_LLMSERVICE']._serialized_end=3485
 # @@protoc_insertion_point(module_scope)

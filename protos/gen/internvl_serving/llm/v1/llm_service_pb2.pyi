@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from internvl_serving.common.v1 import embedding_pb2 as _embedding_pb2
 from internvl_serving.common.v1 import generation_pb2 as _generation_pb2
+from internvl_serving.common.v1 import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -30,8 +31,11 @@ class Prompt(_message.Message):
     SYSTEM_MESSAGE_FIELD_NUMBER: _builtins.int
     TURNS_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     system_message: _builtins.str
     """The system message. Absent: the model's own; empty: an empty one."""
+    tenant: _builtins.str
+    """Whose prompt it is, at most 128 bytes: what was computed for one tenant is not used for another. Empty: everybody's."""
     @_builtins.property
     def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]:
         """The dialogue in order: user (or tool) and assistant alternate, beginning with user and ending with user or tool."""
@@ -46,10 +50,11 @@ class Prompt(_message.Message):
         system_message: _builtins.str | None = ...,
         turns: _abc.Iterable[Global___Turn] | None = ...,
         tools: _abc.Iterable[_generation_pb2.Tool] | None = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "system_message", b"system_message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "system_message", b"system_message", "tools", b"tools", "turns", b"turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_system_message", b"_system_message", "system_message", b"system_message", "tenant", b"tenant", "tools", b"tools", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__system_message: _TypeAlias = _typing.Literal["system_message"]  # noqa: Y015
     _WhichOneofArgType__system_message: _TypeAlias = _typing.Literal["_system_message", b"_system_message"]  # noqa: Y015
@@ -161,10 +166,13 @@ class GenerateRequest(_message.Message):
     GENERATION_CONFIG_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CONTEXT_OVERFLOW_FIELD_NUMBER: _builtins.int
     return_token_ids: _builtins.bool
     """Whether token ids are returned beside the text."""
     priority: _generation_pb2.Priority.ValueType
     """Whether somebody waits for the answer."""
+    context_overflow: _generation_pb2.ContextOverflow.ValueType
+    """What happens where the context does not hold the prompt."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The prompt."""
@@ -180,10 +188,11 @@ class GenerateRequest(_message.Message):
         generation_config: _generation_pb2.GenerationConfig | None = ...,
         return_token_ids: _builtins.bool = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
+        context_overflow: _generation_pb2.ContextOverflow.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generation_config", b"generation_config", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_config", b"generation_config", "priority", b"priority", "prompt", b"prompt", "return_token_ids", b"return_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_overflow", b"context_overflow", "generation_config", b"generation_config", "priority", b"priority", "prompt", b"prompt", "return_token_ids", b"return_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -236,10 +245,13 @@ class GenerateStarted(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    DROPPED_TURN_COUNT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     prompt_token_count: _builtins.int
     """Tokens of the prompt, visual tokens included."""
+    dropped_turn_count: _builtins.int
+    """How many of the oldest turns were left out: user turns, each with all that follows it until the next."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's ids, when asked for."""
@@ -250,10 +262,11 @@ class GenerateStarted(_message.Message):
         model: _builtins.str = ...,
         prompt_token_count: _builtins.int = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        dropped_turn_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_turn_count", b"dropped_turn_count", "model", b"model", "prompt_token_count", b"prompt_token_count", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,10 +413,13 @@ class EmbeddingTransfer(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CACHE_TIER_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """`digest` of the handle."""
     cache_tier: _embedding_pb2.CacheTier.ValueType
     """Where it was read from."""
+    size_bytes: _builtins.int
+    """Bytes that were read; zero where the KV cache held what they would become."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """Time until it was there."""
@@ -414,10 +430,11 @@ class EmbeddingTransfer(_message.Message):
         digest: _builtins.str = ...,
         cache_tier: _embedding_pb2.CacheTier.ValueType = ...,
         duration: _duration_pb2.Duration | None = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "digest", b"digest", "duration", b"duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_tier", b"cache_tier", "digest", b"digest", "duration", b"duration", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,8 +448,14 @@ class CountTokensRequest(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     GROUNDING_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     grounding: _builtins.bool
     """Whether grounding tags in what the user says are tokens, as in `GenerationConfig`."""
+    text: _builtins.str
+    """Plain text to measure instead of `prompt`: no template around it, and nothing in it is read as a control token."""
+    return_token_ids: _builtins.bool
+    """Whether the token ids are returned beside their number."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The prompt."""
@@ -442,12 +465,16 @@ class CountTokensRequest(_message.Message):
         *,
         prompt: Global___Prompt | None = ...,
         grounding: _builtins.bool = ...,
+        text: _builtins.str | None = ...,
+        return_token_ids: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grounding", b"grounding", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_text", b"_text", "grounding", b"grounding", "prompt", b"prompt", "return_token_ids", b"return_token_ids", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
 
 Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015
 
@@ -459,23 +486,72 @@ class CountTokensResponse(_message.Message):
 
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     VISUAL_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
     token_count: _builtins.int
     """Tokens of the prompt, visual tokens included."""
     visual_token_count: _builtins.int
     """Tokens of the prompt that stand for media."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids, when asked for."""
+
     def __init__(
         self,
         *,
         token_count: _builtins.int = ...,
         visual_token_count: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_count", b"token_count", "visual_token_count", b"visual_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_count", b"token_count", "token_ids", b"token_ids", "visual_token_count", b"visual_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CountTokensResponse: _TypeAlias = CountTokensResponse  # noqa: Y015
+
+@_typing.final
+class DescribeModelRequest(_message.Message):
+    """Asks for the model that is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeModelRequest: _TypeAlias = DescribeModelRequest  # noqa: Y015
+
+@_typing.final
+class DescribeModelResponse(_message.Message):
+    """The model that is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Its name, as in `GenerateStarted`."""
+    max_context_tokens: _builtins.int
+    """Tokens that its context holds, prompt and answer together."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        max_context_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeModelResponse: _TypeAlias = DescribeModelResponse  # noqa: Y015
 
 @_typing.final
 class ScoreTurnsRequest(_message.Message):
@@ -558,3 +634,44 @@ class TurnScore(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TurnScore: _TypeAlias = TurnScore  # noqa: Y015
+
+@_typing.final
+class GetStatusRequest(_message.Message):
+    """Asks for everything."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetStatusResponse(_message.Message):
+    """How the service is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> _status_pb2.ServiceStatus:
+        """The replica that answers; its store is that of embeddings."""
+
+    def __init__(
+        self,
+        *,
+        status: _status_pb2.ServiceStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015

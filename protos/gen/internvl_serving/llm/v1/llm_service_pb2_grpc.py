@@ -50,6 +50,16 @@ class LlmServiceStub:
                 request_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/internvl_serving.llm.v1.LlmService/GetStatus',
+                request_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
+        self.DescribeModel = channel.unary_unary(
+                '/internvl_serving.llm.v1.LlmService/DescribeModel',
+                request_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.DescribeModelRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.DescribeModelResponse.FromString,
+                _registered_method=True)
 
 
 class LlmServiceServicer:
@@ -72,7 +82,21 @@ class LlmServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CountTokens(self, request, context):
-        """Counts the tokens of a prompt without answering it.
+        """Counts the tokens of a prompt, or of plain text, without answering it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatus(self, request, context):
+        """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeModel(self, request, context):
+        """Says what model is served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +119,16 @@ def add_LlmServiceServicer_to_server(servicer, server):
                     servicer.CountTokens,
                     request_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensRequest.FromString,
                     response_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GetStatusRequest.FromString,
+                    response_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'DescribeModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeModel,
+                    request_deserializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.DescribeModelRequest.FromString,
+                    response_serializer=internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.DescribeModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +213,60 @@ class LlmService:
             '/internvl_serving.llm.v1.LlmService/CountTokens',
             internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensRequest.SerializeToString,
             internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.llm.v1.LlmService/GetStatus',
+            internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GetStatusRequest.SerializeToString,
+            internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.llm.v1.LlmService/DescribeModel',
+            internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.DescribeModelRequest.SerializeToString,
+            internvl__serving_dot_llm_dot_v1_dot_llm__service__pb2.DescribeModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

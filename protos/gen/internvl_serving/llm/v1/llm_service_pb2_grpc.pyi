@@ -40,7 +40,11 @@ class LlmServiceStub:
     This is how a critic scores the steps of a solution.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_llm_service_pb2.CountTokensRequest, _llm_service_pb2.CountTokensResponse]
-    """Counts the tokens of a prompt without answering it."""
+    """Counts the tokens of a prompt, or of plain text, without answering it."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_llm_service_pb2.GetStatusRequest, _llm_service_pb2.GetStatusResponse]
+    """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store."""
+    DescribeModel: _grpc.UnaryUnaryMultiCallable[_llm_service_pb2.DescribeModelRequest, _llm_service_pb2.DescribeModelResponse]
+    """Says what model is served."""
 
 @_typing.type_check_only
 class LlmServiceAsyncStub(LlmServiceStub):
@@ -54,7 +58,11 @@ class LlmServiceAsyncStub(LlmServiceStub):
     This is how a critic scores the steps of a solution.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.CountTokensRequest, _llm_service_pb2.CountTokensResponse]  # type: ignore[assignment]
-    """Counts the tokens of a prompt without answering it."""
+    """Counts the tokens of a prompt, or of plain text, without answering it."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.GetStatusRequest, _llm_service_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store."""
+    DescribeModel: _aio.UnaryUnaryMultiCallable[_llm_service_pb2.DescribeModelRequest, _llm_service_pb2.DescribeModelResponse]  # type: ignore[assignment]
+    """Says what model is served."""
 
 class LlmServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers a prompt of text and visual embeddings."""
@@ -83,6 +91,22 @@ class LlmServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _llm_service_pb2.CountTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_llm_service_pb2.CountTokensResponse, _abc.Awaitable[_llm_service_pb2.CountTokensResponse]]:
-        """Counts the tokens of a prompt without answering it."""
+        """Counts the tokens of a prompt, or of plain text, without answering it."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _llm_service_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_llm_service_pb2.GetStatusResponse, _abc.Awaitable[_llm_service_pb2.GetStatusResponse]]:
+        """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store."""
+
+    @_abc_1.abstractmethod
+    def DescribeModel(
+        self,
+        request: _llm_service_pb2.DescribeModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_llm_service_pb2.DescribeModelResponse, _abc.Awaitable[_llm_service_pb2.DescribeModelResponse]]:
+        """Says what model is served."""
 
 def add_LlmServiceServicer_to_server(servicer: LlmServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,35 +24,40 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from internvl_serving.common.v1 import embedding_pb2 as internvl__serving_dot_common_dot_v1_dot_embedding__pb2
+from internvl_serving.common.v1 import status_pb2 as internvl__serving_dot_common_dot_v1_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/internvl_serving/vision/v1/vision_service.proto\x12\x1ainternvl_serving.vision.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*internvl_serving/common/v1/embedding.proto\"g\n\rEncodeRequest\x12:\n\x06header\x18\x01 \x01(\x0b\x32(.internvl_serving.vision.v1.EncodeHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x86\x01\n\x0c\x45ncodeHeader\x12\x14\n\x0cmedia_digest\x18\x01 \x01(\t\x12>\n\x07options\x18\x02 \x01(\x0b\x32-.internvl_serving.common.v1.PreprocessOptions\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x10\n\x08prefetch\x18\x04 \x01(\x08\"\xb0\x03\n\x0e\x45ncodeResponse\x12;\n\x06handle\x18\x01 \x01(\x0b\x32+.internvl_serving.common.v1.EmbeddingHandle\x12\x39\n\ncache_tier\x18\x02 \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12\x11\n\tcoalesced\x18\x03 \x01(\x08\x12\x36\n\x13preprocess_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65ncode_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05width\x18\x07 \x01(\x05\x12\x0e\n\x06height\x18\x08 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\t \x01(\x05\x12\x0c\n\x04rows\x18\n \x01(\x05\x12\x36\n\x06\x66rames\x18\x0b \x03(\x0b\x32&.internvl_serving.common.v1.VideoFrame\"T\n\x15\x46\x65tchEmbeddingRequest\x12;\n\x06handle\x18\x01 \x01(\x0b\x32+.internvl_serving.common.v1.EmbeddingHandle\"x\n\x16\x46\x65tchEmbeddingResponse\x12\x42\n\x06header\x18\x01 \x01(\x0b\x32\x30.internvl_serving.vision.v1.FetchEmbeddingHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x8d\x01\n\x14\x46\x65tchEmbeddingHeader\x12\x12\n\ntile_count\x18\x01 \x01(\x05\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x03 \x01(\x05\x12\x37\n\tdata_type\x18\x04 \x01(\x0e\x32$.internvl_serving.common.v1.DataType\"b\n\x0f\x45stimateRequest\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12>\n\x07options\x18\x02 \x01(\x0b\x32-.internvl_serving.common.v1.PreprocessOptions\"y\n\x10\x45stimateResponse\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\x05\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\x12\n\ntile_count\x18\x05 \x01(\x05\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\"4\n\x0c\x45raseRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x14\n\x0cmedia_digest\x18\x02 \x01(\t\"(\n\rEraseResponse\x12\x17\n\x0f\x65mbedding_count\x18\x01 \x01(\x05\x32\xb2\x03\n\rVisionService\x12\x61\n\x06\x45ncode\x12).internvl_serving.vision.v1.EncodeRequest\x1a*.internvl_serving.vision.v1.EncodeResponse(\x01\x12y\n\x0e\x46\x65tchEmbedding\x12\x31.internvl_serving.vision.v1.FetchEmbeddingRequest\x1a\x32.internvl_serving.vision.v1.FetchEmbeddingResponse0\x01\x12\x65\n\x08\x45stimate\x12+.internvl_serving.vision.v1.EstimateRequest\x1a,.internvl_serving.vision.v1.EstimateResponse\x12\\\n\x05\x45rase\x12(.internvl_serving.vision.v1.EraseRequest\x1a).internvl_serving.vision.v1.EraseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/internvl_serving/vision/v1/vision_service.proto\x12\x1ainternvl_serving.vision.v1\x1a\x1egoogle/protobuf/duration.proto\x1a*internvl_serving/common/v1/embedding.proto\x1a\'internvl_serving/common/v1/status.proto\"g\n\rEncodeRequest\x12:\n\x06header\x18\x01 \x01(\x0b\x32(.internvl_serving.vision.v1.EncodeHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x86\x01\n\x0c\x45ncodeHeader\x12\x14\n\x0cmedia_digest\x18\x01 \x01(\t\x12>\n\x07options\x18\x02 \x01(\x0b\x32-.internvl_serving.common.v1.PreprocessOptions\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x10\n\x08prefetch\x18\x04 \x01(\x08\"\xb0\x03\n\x0e\x45ncodeResponse\x12;\n\x06handle\x18\x01 \x01(\x0b\x32+.internvl_serving.common.v1.EmbeddingHandle\x12\x39\n\ncache_tier\x18\x02 \x01(\x0e\x32%.internvl_serving.common.v1.CacheTier\x12\x11\n\tcoalesced\x18\x03 \x01(\x08\x12\x36\n\x13preprocess_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65ncode_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05width\x18\x07 \x01(\x05\x12\x0e\n\x06height\x18\x08 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\t \x01(\x05\x12\x0c\n\x04rows\x18\n \x01(\x05\x12\x36\n\x06\x66rames\x18\x0b \x03(\x0b\x32&.internvl_serving.common.v1.VideoFrame\"T\n\x15\x46\x65tchEmbeddingRequest\x12;\n\x06handle\x18\x01 \x01(\x0b\x32+.internvl_serving.common.v1.EmbeddingHandle\"x\n\x16\x46\x65tchEmbeddingResponse\x12\x42\n\x06header\x18\x01 \x01(\x0b\x32\x30.internvl_serving.vision.v1.FetchEmbeddingHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07message\"\x8d\x01\n\x14\x46\x65tchEmbeddingHeader\x12\x12\n\ntile_count\x18\x01 \x01(\x05\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x03 \x01(\x05\x12\x37\n\tdata_type\x18\x04 \x01(\x0e\x32$.internvl_serving.common.v1.DataType\"b\n\x0f\x45stimateRequest\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12>\n\x07options\x18\x02 \x01(\x0b\x32-.internvl_serving.common.v1.PreprocessOptions\"y\n\x10\x45stimateResponse\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x0f\n\x07\x63olumns\x18\x03 \x01(\x05\x12\x0c\n\x04rows\x18\x04 \x01(\x05\x12\x12\n\ntile_count\x18\x05 \x01(\x05\x12\x13\n\x0btoken_count\x18\x06 \x01(\x05\"4\n\x0c\x45raseRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x14\n\x0cmedia_digest\x18\x02 \x01(\t\"(\n\rEraseResponse\x12\x17\n\x0f\x65mbedding_count\x18\x01 \x01(\x05\"\x12\n\x10GetStatusRequest\"N\n\x11GetStatusResponse\x12\x39\n\x06status\x18\x01 \x01(\x0b\x32).internvl_serving.common.v1.ServiceStatus2\x9c\x04\n\rVisionService\x12\x61\n\x06\x45ncode\x12).internvl_serving.vision.v1.EncodeRequest\x1a*.internvl_serving.vision.v1.EncodeResponse(\x01\x12y\n\x0e\x46\x65tchEmbedding\x12\x31.internvl_serving.vision.v1.FetchEmbeddingRequest\x1a\x32.internvl_serving.vision.v1.FetchEmbeddingResponse0\x01\x12\x65\n\x08\x45stimate\x12+.internvl_serving.vision.v1.EstimateRequest\x1a,.internvl_serving.vision.v1.EstimateResponse\x12\\\n\x05\x45rase\x12(.internvl_serving.vision.v1.EraseRequest\x1a).internvl_serving.vision.v1.EraseResponse\x12h\n\tGetStatus\x12,.internvl_serving.vision.v1.GetStatusRequest\x1a-.internvl_serving.vision.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'internvl_serving.vision.v1.vision_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=155
-  _globals['_ENCODEREQUEST']._serialized_end=258
-  _globals['_ENCODEHEADER']._serialized_start=261
-  _globals['_ENCODEHEADER']._serialized_end=395
-  _globals['_ENCODERESPONSE']._serialized_start=398
-  _globals['_ENCODERESPONSE']._serialized_end=830
-  _globals['_FETCHEMBEDDINGREQUEST']._serialized_start=832
-  _globals['_FETCHEMBEDDINGREQUEST']._serialized_end=916
-  _globals['_FETCHEMBEDDINGRESPONSE']._serialized_start=918
-  _globals['_FETCHEMBEDDINGRESPONSE']._serialized_end=1038
-  _globals['_FETCHEMBEDDINGHEADER']._serialized_start=1041
-  _globals['_FETCHEMBEDDINGHEADER']._serialized_end=1182
-  _globals['_ESTIMATEREQUEST']._serialized_start=1184
-  _globals['_ESTIMATEREQUEST']._serialized_end=1282
-  _globals['_ESTIMATERESPONSE']._serialized_start=1284
-  _globals['_ESTIMATERESPONSE']._serialized_end=1405
-  _globals['_ERASEREQUEST']._serialized_start=1407
-  _globals['_ERASEREQUEST']._serialized_end=1459
-  _globals['_ERASERESPONSE']._serialized_start=1461
-  _globals['_ERASERESPONSE']._serialized_end=1501
-  _globals['_VISIONSERVICE']._serialized_start=1504
-  _globals['_VISIONSERVICE']._serialized_end=1938
+  _globals['_ENCODEREQUEST']._serialized_start=196
+  _globals['_ENCODEREQUEST']._serialized_end=299
+  _globals['_ENCODEHEADER']._serialized_start=302
+  _globals['_ENCODEHEADER']._serialized_end=436
+  _globals['_ENCODERESPONSE']._serialized_start=439
+  _globals['_ENCODERESPONSE']._serialized_end=871
+  _globals['_FETCHEMBEDDINGREQUEST']._serialized_start=873
+  _globals['_FETCHEMBEDDINGREQUEST']._serialized_end=957
+  _globals['_FETCHEMBEDDINGRESPONSE']._serialized_start=959
+  _globals['_FETCHEMBEDDINGRESPONSE']._serialized_end=1079
+  _globals['_FETCHEMBEDDINGHEADER']._serialized_start=1082
+  _globals['_FETCHEMBEDDINGHEADER']._serialized_end=1223
+  _globals['_ESTIMATEREQUEST']._serialized_start=1225
+  _globals['_ESTIMATEREQUEST']._serialized_end=1323
+  _globals['_ESTIMATERESPONSE']._serialized_start=1325
+  _globals['_ESTIMATERESPONSE']._serialized_end=1446
+  _globals['_ERASEREQUEST']._serialized_start=1448
+  _globals['_ERASEREQUEST']._serialized_end=1500
+  _globals['_ERASERESPONSE']._serialized_start=1502
+  _globals['_ERASERESPONSE']._serialized_end=1542
+  _globals['_GETSTATUSREQUEST']._serialized_start=1544
+  _globals['_GETSTATUSREQUEST']._serialized_end=1562
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1564
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1642
+  _globals['_VISIONSERVICE']._serialized_start=1645
+  _globals['_VISIONSERVICE']._serialized_end=2185
 # @@protoc_insertion_point(module_scope)

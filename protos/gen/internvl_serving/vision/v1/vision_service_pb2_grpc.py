@@ -55,6 +55,11 @@ class VisionServiceStub:
                 request_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseRequest.SerializeToString,
                 response_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/internvl_serving.vision.v1.VisionService/GetStatus',
+                request_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
 
 
 class VisionServiceServicer:
@@ -91,6 +96,13 @@ class VisionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VisionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +125,11 @@ def add_VisionServiceServicer_to_server(servicer, server):
                     servicer.Erase,
                     request_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseRequest.FromString,
                     response_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.GetStatusRequest.FromString,
+                    response_serializer=internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.GetStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +241,33 @@ class VisionService:
             '/internvl_serving.vision.v1.VisionService/Erase',
             internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseRequest.SerializeToString,
             internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.EraseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/internvl_serving.vision.v1.VisionService/GetStatus',
+            internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.GetStatusRequest.SerializeToString,
+            internvl__serving_dot_vision_dot_v1_dot_vision__service__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

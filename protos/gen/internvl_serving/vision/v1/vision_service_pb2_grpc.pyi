@@ -44,6 +44,8 @@ class VisionServiceStub:
     """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
     Erase: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.EraseRequest, _vision_service_pb2.EraseResponse]
     """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_vision_service_pb2.GetStatusRequest, _vision_service_pb2.GetStatusResponse]
+    """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store."""
 
 @_typing.type_check_only
 class VisionServiceAsyncStub(VisionServiceStub):
@@ -61,6 +63,8 @@ class VisionServiceAsyncStub(VisionServiceStub):
     """Says how many tiles and visual tokens a picture will take, from its first bytes and without decoding it."""
     Erase: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.EraseRequest, _vision_service_pb2.EraseResponse]  # type: ignore[assignment]
     """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_vision_service_pb2.GetStatusRequest, _vision_service_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store."""
 
 class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns pictures into visual embeddings and keeps them."""
@@ -99,5 +103,13 @@ class VisionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vision_service_pb2.EraseResponse, _abc.Awaitable[_vision_service_pb2.EraseResponse]]:
         """Removes what was derived from a medium, or from all media of a tenant, from every cache of every replica."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _vision_service_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_service_pb2.GetStatusResponse, _abc.Awaitable[_vision_service_pb2.GetStatusResponse]]:
+        """Says how the service is: its release, its memory, the checkpoint that it serves, and its embedding store."""
 
 def add_VisionServiceServicer_to_server(servicer: VisionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
