@@ -1,7 +1,7 @@
 """Batches in Redis: what is known of one, its items, its results in the order in which they came, and who works on it.
 
 Keys of a batch: a hash of facts and counts, `:items` and `:results` (hashes by index), `:order` (a list of indices),
-`:lease`. Items and results are bytes that are not read here.
+`:lease`. They name the tenant, so that nobody else finds the batch. Items and results are bytes that are not read here.
 """
 
 import re
@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
+from gateway.caller import current_caller
 from gateway.records import BatchRecord
 from shared.errors import BatchNotFound
 from shared.hold import Hold
@@ -108,9 +109,10 @@ class HeldBatch:
 
 
 class BatchStore:
-    """Batches by id. Safe to share between tasks; every method raises `StoreUnavailable`.
+    """Batches of the current caller's tenant by id. Safe to share between tasks.
 
-    What cannot be read back as a batch is logged and treated as one that does not exist.
+    Every method raises `StoreUnavailable`. What cannot be read back as a batch is logged and treated as one that does
+    not exist.
     """
 
     def __init__(self, redis: Redis, lease_s: float) -> None:
@@ -204,13 +206,13 @@ class BatchStore:
 
 
 class _Keys:
-    """The keys of a batch; raises `BatchNotFound` for an id that cannot be one."""
+    """The keys of a batch of the current caller's tenant; raises `BatchNotFound` for an id that cannot be one."""
 
     def __init__(self, batch_id: str) -> None:
         if not _BATCH_ID.fullmatch(batch_id):
             raise _not_found()
         # The braces keep the keys of a batch together in a cluster.
-        self.facts = f"ivl:batch:{{{batch_id}}}"
+        self.facts = f"{current_caller().key_prefix}batch:{{{batch_id}}}"
         self.items, self.results = f"{self.facts}:items", f"{self.facts}:results"
         self.order, self.lease = f"{self.facts}:order", f"{self.facts}:lease"
 

@@ -197,7 +197,8 @@ class Batches:
 
     def _start(self, held: HeldBatch) -> None:
         run = self._running[held.batch_id] = _Run()
-        # The caller's deadline ends its call, not the batch.
+        # The caller's deadline ends its call, not the batch. The batch is worked on as its tenant, who alone can have
+        # begun it or asked about it: the call's context says who that is.
         self._note(asyncio.get_running_loop().create_task(self._run(held, run), context=detached()))
 
     def _note(self, task: asyncio.Task[None]) -> asyncio.Task[None]:

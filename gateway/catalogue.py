@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.admission import Admission
 from gateway.content import Medium, PreprocessOptions
 from gateway.dialogue import Limits, PlacedMedium, check_medium
 from gateway.encoder import MediaEncoder, placing_errors
@@ -61,7 +62,9 @@ class Catalogue:
         *,
         parallel: int,
         max_sent_bytes: int,
+        admission: Admission | None = None,
     ) -> None:
+        self._admission = admission or Admission()
         self._vision = vision
         self._encoder = encoder
         self._library = library
@@ -113,7 +116,9 @@ class Catalogue:
         try:
             check_medium(placed, self._limits)
             identified = await self._library.identify_medium(placed.medium)
-            encoded: Encoded = await self._encoder.prefetch(PlacedMedium(identified, placed.field))
+            with self._admission.media(identified) as settle:
+                encoded: Encoded = await self._encoder.prefetch(PlacedMedium(identified, placed.field))
+                settle(encoded)
         except ServiceError as error:
             return error
         return MediaReceipt(identified.digest, encoded, None)

@@ -78,12 +78,13 @@ Part: TypeAlias = TextPart | MediaPart | ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One entry of a dialogue; id and time are set on those that are kept."""
+    """One entry of a dialogue; id and time are set on those that are kept. `cut_off`: an answer without its end."""
 
     role: Role
     parts: tuple[Part, ...]
     message_id: str = ""
     create_time: datetime | None = None
+    cut_off: bool = False
 
     @property
     def media(self) -> tuple[Medium, ...]:

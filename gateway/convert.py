@@ -18,13 +18,14 @@ from gateway.content import (
     ToolCall,
     VideoOptions,
 )
-from gateway.conversations import Conversation, MessagePage
+from gateway.conversations import Conversation, ConversationPage, MessagePage
 from gateway.events import (
     CacheTier,
     Candidate,
     ChatEvent,
     ChatRequest,
     ChatTimings,
+    ContextOverflow,
     Delta,
     Finished,
     Generated,
@@ -51,6 +52,7 @@ from shared.rpc.messages import duration_of
 
 MAX_DIGESTS = 1000
 MAX_UPLOAD_CHUNK_BYTES = 1 << 20
+_OVERFLOWS = {generation_pb2.ContextOverflow.Value(f"CONTEXT_OVERFLOW_{each}"): each for each in ContextOverflow}
 _RANKINGS = {chat_service_pb2.RankingMethod.Value(f"RANKING_METHOD_{method}"): method for method in RankingMethod}
 
 
@@ -68,6 +70,9 @@ def chat_request(request: chat_service_pb2.ChatRequest) -> ChatRequest:
         tools=tuple(Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in request.tools),
         max_total_tiles=request.max_total_tiles if request.HasField("max_total_tiles") else None,
         ranking_method=_ranking_method(request.ranking_method),
+        turn_id=request.turn_id,
+        keep_partial_answer=request.keep_partial_answer,
+        context_overflow=_context_overflow(request.context_overflow),
     )
 
 
@@ -75,6 +80,11 @@ def new_conversation(request: conversation_service_pb2.CreateConversationRequest
     """Return the system message and the seconds to keep the conversation."""
     system_message = request.system_message if request.HasField("system_message") else None
     return system_message, request.ttl.seconds if request.HasField("ttl") else None
+
+
+def fork_ttl_s(request: conversation_service_pb2.ForkConversationRequest) -> int | None:
+    """Return the seconds to keep a fork; None: as long as what it comes from."""
+    return request.ttl.seconds if request.HasField("ttl") else None
 
 
 def digests(request: media_service_pb2.FindMissingRequest) -> list[str]:
@@ -118,6 +128,12 @@ async def upload_chunks(requests: AsyncIterator[media_service_pb2.UploadRequest]
         if len(request.chunk) > MAX_UPLOAD_CHUNK_BYTES:
             raise InvalidRequest(f"A chunk has at most {MAX_UPLOAD_CHUNK_BYTES} bytes.", field="chunk")
         yield request.chunk
+
+
+def _context_overflow(number: generation_pb2.ContextOverflow.ValueType) -> ContextOverflow:
+    if number not in _OVERFLOWS:
+        raise InvalidRequest("There is no such way to shorten a dialogue.", field="context_overflow")
+    return _OVERFLOWS[number]
 
 
 def _ranking_method(number: chat_service_pb2.RankingMethod.ValueType) -> RankingMethod:
@@ -208,6 +224,13 @@ def conversation(kept: Conversation) -> conversation_service_pb2.Conversation:
     )
 
 
+def list_conversations_response(page: ConversationPage) -> conversation_service_pb2.ListConversationsResponse:
+    """Return the page's message."""
+    return conversation_service_pb2.ListConversationsResponse(
+        conversations=map(conversation, page.conversations), next_page_token=page.next_page_token
+    )
+
+
 def list_messages_response(page: MessagePage) -> conversation_service_pb2.ListMessagesResponse:
     """Return the page's message."""
     return conversation_service_pb2.ListMessagesResponse(
@@ -248,6 +271,7 @@ def chat_started(event: Started) -> chat_service_pb2.ChatStarted:
         model=event.model,
         prompt_token_count=event.prompt_token_count,
         prompt_token_ids=event.prompt_token_ids,
+        dropped_turn_count=event.dropped_turns,
     )
 
 
@@ -267,6 +291,7 @@ def chat_finished(event: Finished) -> chat_service_pb2.ChatFinished:
         message_id=event.message_id,
         candidates=map(_candidate_message, event.candidates),
         best_candidate_index=event.best_index,
+        replayed=event.replayed,
     )
 
 
@@ -301,6 +326,7 @@ def _timings(timings: ChatTimings, generated: Generated) -> chat_service_pb2.Cha
         time_to_first_token=None if first_token_s is None else duration_of(first_token_s),
         decode_duration=duration_of(generated.decode_s),
         total_duration=duration_of(timings.total_s),
+        output_tokens_per_second=generated.output_tokens_per_s,
     )
 
 
@@ -315,9 +341,12 @@ def _receipt(receipt: MediaReceipt) -> chat_service_pb2.MediaReceipt:
         cache_tier=values.tier_number(encoded.cache_tier),
         coalesced=encoded.coalesced,
         preprocess_duration=duration_of(encoded.preprocess_s),
+        queue_duration=duration_of(encoded.queue_s),
         encode_duration=duration_of(encoded.encode_s),
+        embedding_size_bytes=encoded.size_bytes,
         transfer_tier=values.tier_number(transfer.cache_tier if transfer else CacheTier.UNSPECIFIED),
         transfer_duration=duration_of(transfer.duration_s if transfer else 0.0),
+        transfer_size_bytes=transfer.size_bytes if transfer else 0,
         frames=[embedding_pb2.VideoFrame(index=frame.index, time_seconds=frame.time_s) for frame in encoded.frames],
     )
 
@@ -328,6 +357,7 @@ def _message_message(message: Message) -> content_pb2.Message:
         parts=map(_part_message, message.parts),
         message_id=message.message_id,
         create_time=timestamp(message.create_time) if message.create_time else None,
+        cut_off=message.cut_off,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,11 +32,16 @@ class PlacedMedium:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Kept messages, then the request's own; the last one is to be answered."""
+    """Kept messages, then the request's own; the last one is to be answered.
+
+    The oldest `dropped_turns` were left out of it, and with them the first `dropped_new` of the request's messages.
+    """
 
     system_message: str | None
     kept: tuple[Message, ...]
     new: tuple[Message, ...]
+    dropped_turns: int = 0
+    dropped_new: int = 0
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -51,7 +57,43 @@ class Dialogue:
     def placed_media(self) -> tuple[PlacedMedium, ...]:
         """All media in order of appearance, with the request field that each came in."""
         kept = (PlacedMedium(medium, "conversation_id") for message in self.kept for medium in message.media)
-        return (*kept, *(placed for index, message in enumerate(self.new) for placed in _placed(index, message)))
+        new = enumerate(self.new, self.dropped_new)
+        return (*kept, *(placed for index, message in new for placed in _placed(index, message)))
+
+    def without_oldest_turns(self, count: int) -> "Dialogue":
+        """Return the dialogue with `count` turns less: users' messages, each with what follows until the user's next.
+
+        The system message and the last turn stay.
+        """
+        starts = self._turn_starts
+        count = min(count, len(starts) - 1)
+        if count <= 0:
+            return self
+        first = starts[count]
+        from_new = max(0, first - len(self.kept))
+        return Dialogue(
+            self.system_message,
+            self.kept[first:],
+            self.new[from_new:],
+            self.dropped_turns + count,
+            self.dropped_new + from_new,
+        )
+
+    def within(self, limits: Limits) -> "Dialogue":
+        """Return the dialogue without its oldest turns, as few as must go for `limits`; the last turn stays."""
+        counts = range(len(self._turn_starts))
+        return self.without_oldest_turns(
+            bisect_left(counts, True, key=lambda count: _is_within(self.without_oldest_turns(count), limits))
+        )
+
+    @property
+    def text_chars(self) -> int:
+        """Its characters of text, the system message and calls of tools included."""
+        return len(self.system_message or "") + sum(message.text_chars for message in self.messages)
+
+    @property
+    def _turn_starts(self) -> list[int]:
+        return [index for index, message in enumerate(self.messages) if message.role is Role.USER]
 
 
 def check_dialogue(dialogue: Dialogue, limits: Limits) -> None:
@@ -79,7 +121,8 @@ def _check_roles(dialogue: Dialogue) -> None:
     waiting_calls = 0
     previous: Role | None = None
     for position, message in enumerate(dialogue.messages):
-        place = f"messages[{position - first}]" if position >= first else "conversation_id"
+        index = position - first + dialogue.dropped_new
+        place = f"messages[{index}]" if position >= first else "conversation_id"
         _check_role(message.role, previous, waiting_calls, f"{place}.role")
         _check_parts(message, place)
         waiting_calls = waiting_calls - 1 if message.role is Role.TOOL else len(message.tool_calls)
@@ -124,16 +167,23 @@ def is_json_object(text: str) -> bool:
 def _check_counts(dialogue: Dialogue, limits: Limits) -> None:
     if len(dialogue.messages) > limits.messages:
         raise InvalidRequest(f"A dialogue has at most {limits.messages} messages.", field="messages")
-    for index, message in enumerate(dialogue.new):
+    for index, message in enumerate(dialogue.new, dialogue.dropped_new):
         if len(message.parts) > limits.parts_per_message:
             raise InvalidRequest(
                 f"A message has at most {limits.parts_per_message} parts.", field=f"messages[{index}].parts"
             )
-    text_chars = len(dialogue.system_message or "") + sum(message.text_chars for message in dialogue.messages)
-    if text_chars > limits.text_chars:
+    if dialogue.text_chars > limits.text_chars:
         raise InvalidRequest(f"A dialogue has at most {limits.text_chars} characters of text.", field="messages")
     if len(dialogue.media) > limits.media:
         raise InvalidRequest(f"A dialogue has at most {limits.media} media.", field="messages")
+
+
+def _is_within(dialogue: Dialogue, limits: Limits) -> bool:
+    return (
+        len(dialogue.messages) <= limits.messages
+        and len(dialogue.media) <= limits.media
+        and dialogue.text_chars <= limits.text_chars
+    )
 
 
 def check_medium(placed: PlacedMedium, limits: Limits) -> None:
@@ -171,4 +221,4 @@ def _placed(index: int, message: Message) -> Iterator[PlacedMedium]:
 
 
 def _last_field(dialogue: Dialogue) -> str:
-    return f"messages[{len(dialogue.new) - 1}]"
+    return f"messages[{len(dialogue.new) - 1 + dialogue.dropped_new}]"

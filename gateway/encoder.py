@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from gateway.caller import current_caller
 from gateway.content import Medium
 from gateway.dialogue import PlacedMedium
 from gateway.events import CacheTier, Encoded
 from gateway.media import MediaLibrary
-from shared.errors import InvalidRequest, QueueFull, VisionUnavailable
+from shared.errors import InvalidRequest, QueueFull, StoreUnavailable, VisionUnavailable
 from shared.lru import LruCache
 from shared.rpc.deadline import remaining_s
 
@@ -42,7 +43,7 @@ class MediaEncoder:
 
     def __init__(self, vision: Vision, library: MediaLibrary, parallel: int, patience_s: float = 10.0) -> None:
         self._vision = vision
-        self._earlier = LruCache[Medium, Encoded](_EARLIER_HANDLES, lambda encoded: 1)
+        self._earlier = LruCache[tuple[str, Medium], Encoded](_EARLIER_HANDLES, lambda encoded: 1)
         self._library = library
         self._parallel = parallel
         self._patience_s = patience_s
@@ -91,22 +92,36 @@ class MediaEncoder:
         try:
             encoded = await _repeated(lambda: self._found_or_encoded(medium))
         except VisionUnavailable:
-            earlier = self._earlier.get(replace(medium, content=None))
+            earlier = self._earlier.get(_place(medium))
             if earlier is None:
                 raise
             return replace(earlier, cache_tier=CacheTier.LOCAL)
-        self._earlier.put(replace(medium, content=None), encoded)
+        self._earlier.put(_place(medium), encoded)
         return encoded
 
     async def _found_or_encoded(self, medium: Medium, *, prefetch: bool = False) -> Encoded:
+        await self._check_held(medium)
         found = await self._vision.find(medium, prefetch=prefetch)
         return found or await self._encode_content(medium, prefetch=prefetch)
+
+    async def _check_held(self, medium: Medium) -> None:
+        """Raise `MediaNotFound` where the embedding that may be found is not the caller's to see."""
+        try:
+            await self._library.check_held(medium)
+        except StoreUnavailable:
+            if self._earlier.get(_place(medium)) is None:  # who had it then is no stranger to it
+                raise
 
     async def _encode_anew(self, medium: Medium) -> Encoded:
         return await _repeated(lambda: self._encode_content(medium))
 
     async def _encode_content(self, medium: Medium, *, prefetch: bool = False) -> Encoded:
         return await self._vision.encode(medium, await self._library.content_of(medium), prefetch=prefetch)
+
+
+def _place(medium: Medium) -> tuple[str, Medium]:
+    """Return where an earlier handle of the current caller's medium is."""
+    return current_caller().tenant, replace(medium, content=None)
 
 
 def _distinct(media: Sequence[PlacedMedium]) -> list[PlacedMedium]:

@@ -38,9 +38,20 @@ class RankingMethod(StrEnum):
     CRITIC = "CRITIC"
 
 
+class ContextOverflow(StrEnum):
+    """What happens where the context does not hold a dialogue. UNSPECIFIED: it is refused."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    DROP_OLDEST_TURNS = "DROP_OLDEST_TURNS"
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A turn to answer: the next messages of a kept conversation, or a whole dialogue."""
+    """A turn to answer: the next messages of a kept conversation, or a whole dialogue.
+
+    `turn_id` is the client's name for a turn of a kept conversation, which is answered once under it.
+    `keep_partial_answer`: such a turn is kept, too, if it ends before the answer does.
+    """
 
     messages: tuple[Message, ...]
     conversation_id: str = ""
@@ -51,16 +62,32 @@ class ChatRequest:
     max_total_tiles: int | None = None
     ranking_method: RankingMethod = RankingMethod.UNSPECIFIED
     in_background: bool = False
+    turn_id: str = ""
+    keep_partial_answer: bool = False
+    context_overflow: ContextOverflow = ContextOverflow.UNSPECIFIED
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A prompt to answer; `in_background` where nobody waits for every token."""
+    """A prompt to answer; `in_background` where nobody waits for every token.
+
+    `conversation_id`: whose earlier turns some replica may have read; it goes no further than to the choice of one.
+    """
 
     prompt: Prompt
     config: GenerationConfig = GenerationConfig()
     return_token_ids: bool = False
     in_background: bool = False
+    conversation_id: str = ""
+    context_overflow: ContextOverflow = ContextOverflow.UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model that answers; its context holds prompt and answer together."""
+
+    name: str
+    max_context_tokens: int
 
 
 class CacheTier(StrEnum):
@@ -93,7 +120,10 @@ class VideoFrame:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What the vision service said about a medium: its handle, its tile grid and what it cost."""
+    """What the vision service said about a medium: its handle, its tile grid and what it cost.
+
+    `size_bytes` are the embedding's.
+    """
 
     handle: EmbeddingHandle
     cache_tier: CacheTier
@@ -103,15 +133,18 @@ class Encoded:
     preprocess_s: float = 0.0
     encode_s: float = 0.0
     frames: tuple[VideoFrame, ...] = ()
+    queue_s: float = 0.0
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How one embedding reached the engine."""
+    """How one embedding reached the engine; no bytes where its KV cache had what they would become."""
 
     digest: str
     cache_tier: CacheTier
     duration_s: float
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +159,12 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The prompt was accepted."""
+    """The prompt was accepted, without the dialogue's oldest `dropped_turns`."""
 
     model: str
     prompt_token_count: int
     prompt_token_ids: tuple[int, ...] = ()
+    dropped_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +209,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The LLM service's last word on an answer. An LLM service that knows no candidates names none."""
+    """The LLM service's last word on an answer. An LLM service that knows no candidates names none.
+
+    `replica` is the address of who answered; for logs and traces, never for clients.
+    """
 
     finish_reason: FinishReason
     usage: TokenUsage = TokenUsage()
@@ -184,6 +221,13 @@ class Generated:
     decode_s: float = 0.0
     transfers: tuple[Transfer, ...] = ()
     candidates: tuple[CandidateResult, ...] = ()
+    replica: str = ""
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Tokens per second after the first of each candidate; 0 where that was all."""
+        following = self.usage.output_tokens - max(1, len(self.candidates))
+        return following / self.decode_s if following > 0 and self.decode_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +252,8 @@ class ChatTimings:
 class Finished:
     """The answer is complete. `message_id` is empty where it is not kept, or could not be.
 
-    `candidates` are in the order of their indices; the one at `best_index` ranks first.
+    `candidates` are in the order of their indices; the one at `best_index` ranks first. `replayed`: the turn was
+    answered by an earlier call, which `generated`, `timings` and `receipts` are of.
     """
 
     generated: Generated
@@ -217,6 +262,7 @@ class Finished:
     best_index: int = 0
     receipts: tuple[MediaReceipt, ...] = field(default=())
     message_id: str = ""
+    replayed: bool = False
 
     @property
     def best(self) -> Candidate:

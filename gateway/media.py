@@ -1,4 +1,4 @@
-"""The bytes of media: in this process's memory, and in Redis for later turns and other replicas."""
+"""The bytes of media, each tenant's apart: in this process's memory, and in Redis for later turns and replicas."""
 
 import asyncio
 import hashlib
@@ -11,6 +11,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from redis.asyncio import Redis
 
+from gateway.caller import current_caller
 from gateway.content import MediaPart, Medium, Message, Part
 from gateway.dialogue import Dialogue
 from shared.breaker import CircuitBreaker
@@ -35,7 +36,10 @@ class StoredMedium:
 
 
 class MediaStore(Protocol):
-    """Keeps bytes by digest, shared by all replicas. Every method raises `StoreUnavailable`."""
+    """Keeps the bytes of the current caller's tenant by digest, shared by all replicas.
+
+    Every method raises `StoreUnavailable`.
+    """
 
     async def find_missing(self, digests: Sequence[str]) -> list[str]:
         """Return those of `digests` that are not held, in order; those that are stay for another TTL."""
@@ -53,8 +57,8 @@ class MediaStore(Protocol):
         """Remove the bytes, and tell every process that holds them."""
 
 
-class LocalMediaCache(LruCache[str, bytes]):
-    """Bytes of media in this process's memory. One loop only."""
+class LocalMediaCache(LruCache[tuple[str, str], bytes]):
+    """Bytes of media in this process's memory, by tenant and digest. One loop only."""
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes, len)
@@ -74,7 +78,10 @@ class _Manifest(BaseModel):
 
 
 class RedisMediaStore:
-    """Media in Redis: chunks of at most 2 MiB under `ivl:media:<digest>:<i>`, a manifest under `ivl:media:<digest>`."""
+    """Media in Redis: chunks of at most 2 MiB under `ivl:media:<digest>:<i>`, a manifest under `ivl:media:<digest>`.
+
+    Those of a tenant begin with `ivl:tenant:<tenant>:` instead of `ivl:`.
+    """
 
     def __init__(self, redis: Redis, ttl_s: int) -> None:
         self._redis = redis
@@ -120,7 +127,7 @@ class RedisMediaStore:
         keys = _keys(digest, manifest) if manifest else [_key(digest)]
         with reaching_store():
             await self._redis.unlink(*keys)
-            await self._redis.publish(DELETED_CHANNEL, digest)
+            await self._redis.publish(DELETED_CHANNEL, _announcement(digest))
 
     async def _manifests(self, digests: Collection[str]) -> dict[str, _Manifest]:
         if not digests:
@@ -157,7 +164,10 @@ class RedisMediaStore:
 
 
 class MediaLibrary:
-    """Every way to the bytes of a medium: what came with the request, this process's memory, the store."""
+    """Every way to the bytes of a medium: what came with the request, this process's memory, the store.
+
+    Everything is the current caller's tenant's: no tenant finds, removes or learns of what another has brought.
+    """
 
     def __init__(self, store: MediaStore, cache: LocalMediaCache, max_media_bytes: int) -> None:
         self._store = store
@@ -180,7 +190,7 @@ class MediaLibrary:
         """
         content = await self._received(digest, chunks)
         stored = await self._store.put(digest, content)
-        self._cache.put(digest, content)
+        self._cache.put(_place(digest), content)
         return stored
 
     async def identify(self, dialogue: Dialogue) -> Dialogue:
@@ -189,11 +199,22 @@ class MediaLibrary:
 
     async def content_of(self, medium: Medium) -> bytes:
         """Return the medium's bytes; raise `MediaNotFound` if nobody holds them, `StoreUnavailable`."""
-        content = medium.content or self._cache.get(medium.digest) or await self._store.get(medium.digest)
+        content = medium.content or self._cache.get(_place(medium.digest)) or await self._store.get(medium.digest)
         if content is None:
-            raise MediaNotFound("The bytes of this medium are not held; upload them.", resource=medium.digest)
-        self._cache.put(medium.digest, content)
+            raise _not_held(medium.digest)
+        self._cache.put(_place(medium.digest), content)
         return content
+
+    async def check_held(self, medium: Medium) -> None:
+        """Raise `MediaNotFound` where an embedding could be found that was made from bytes of others only.
+
+        Where embeddings are shared, a digest alone must not show a picture to a tenant that has never had it. Raises
+        `StoreUnavailable` where that is not known.
+        """
+        if medium.content is not None or not current_caller().shares_embeddings:
+            return
+        if self._cache.get(_place(medium.digest)) is None and await self._store.find_missing([medium.digest]):
+            raise _not_held(medium.digest)
 
     async def delete(self, digest: str) -> None:
         """Remove the medium's bytes everywhere; raise `StoreUnavailable`."""
@@ -202,7 +223,12 @@ class MediaLibrary:
 
     def forget(self, digest: str) -> None:
         """Remove the medium's bytes from this process's memory."""
-        self._cache.delete(digest)
+        self._cache.delete(_place(digest))
+
+    def hear_deleted(self, announcement: bytes) -> None:
+        """Remove what another process has removed, as `DELETED_CHANNEL` says, from this process's memory."""
+        tenant, _, digest = announcement.decode().rpartition(":")
+        self._cache.delete((tenant, digest))
 
     def forget_all(self) -> None:
         """Remove all bytes from this process's memory."""
@@ -262,7 +288,7 @@ class MediaLibrary:
         if medium.content is None:
             return medium
         digest = await hash_content(medium.content)
-        self._cache.put(digest, medium.content)
+        self._cache.put(_place(digest), medium.content)
         return replace(medium, digest=digest)
 
 
@@ -288,8 +314,22 @@ def _chunks(content: bytes) -> Iterator[bytes]:
         yield content[start : start + MAX_CHUNK_BYTES]
 
 
+def _not_held(digest: str) -> MediaNotFound:
+    return MediaNotFound("The bytes of this medium are not held; upload them.", resource=digest)
+
+
+def _place(digest: str) -> tuple[str, str]:
+    """Return where this process's memory has the current caller's medium."""
+    return current_caller().tenant, digest
+
+
+def _announcement(digest: str) -> str:
+    tenant = current_caller().tenant
+    return f"{tenant}:{digest}" if tenant else digest
+
+
 def _key(digest: str) -> str:
-    return f"ivl:media:{digest}"
+    return f"{current_caller().key_prefix}media:{digest}"
 
 
 def _chunk_key(digest: str, index: int) -> str:

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from gateway.events import CacheTier, Finished, FinishReason
+from shared.errors import QueueFull, RateLimited
 from shared.metrics import CALLS_S, NO_METRICS, Counter, Gauge, Histogram, Registry
 
-_FAILED, _ABANDONED = "failed", "abandoned"
+_REPLAYED, _REFUSED, _FAILED, _ABANDONED = "replayed", "refused", "failed", "abandoned"
 
 
 class ObservedTurn:
-    """One turn on its way; `finished` is None until it has its answer."""
+    """One turn on its way; `finished` is None until it has its answer. `is_replayed`: an earlier turn had it."""
 
     finished: Finished | None = None
+    is_replayed = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,8 @@ class GatewayMetrics:
         return cls(
             turns=registry.counter(
                 "internvl_gateway_turns_total",
-                "Turns that ended, by why: the answer's finish reason, or an error, or the client left",
-                reason=("stop", "length", "tool_calls", _FAILED, _ABANDONED),
+                "Turns that ended, by why: the answer's finish reason, or refused, or an error, or the client left",
+                reason=("stop", "length", "tool_calls", _REPLAYED, _REFUSED, _FAILED, _ABANDONED),
             ),
             in_progress=registry.gauge("internvl_gateway_turns_in_progress", "Turns that have not ended"),
             duration=registry.histogram(
@@ -77,6 +79,9 @@ class GatewayMetrics:
         self.in_progress.add(1)
         try:
             yield turn
+        except (QueueFull, RateLimited):
+            ending = _REFUSED
+            raise
         except Exception:
             raise
         except BaseException:  # cancelled, or closed before its end
@@ -84,7 +89,9 @@ class GatewayMetrics:
             raise
         finally:
             self.in_progress.add(-1)
-            if turn.finished is None:
+            if turn.is_replayed:
+                self.turns.inc(reason=_REPLAYED)
+            elif turn.finished is None:
                 self.turns.inc(reason=ending)
             else:
                 self._note(turn.finished)
@@ -109,4 +116,33 @@ def _word(value: FinishReason | CacheTier) -> str:
     return value.value.lower()
 
 
+@dataclass(frozen=True, slots=True)
+class AdmissionMetrics:
+    """What the gateway counts of turns before they run."""
+
+    waiting: Gauge
+    wait: Histogram
+    refused: Counter
+
+    @classmethod
+    def declared(cls, registry: Registry) -> Self:
+        """Declare the metrics."""
+        kinds = ("interactive", "background")
+        return cls(
+            waiting=registry.gauge("internvl_gateway_turns_waiting", "Turns that wait until they may run", kind=kinds),
+            wait=registry.histogram(
+                "internvl_gateway_wait_seconds", "How long turns waited that were let in", CALLS_S, kind=kinds
+            ),
+            refused=registry.counter(
+                "internvl_gateway_refusals_total",
+                "Turns and media that were not let in: the queue was full, too slow for a deadline, gave the place to "
+                "a tenant with fewer turns, or was waited in too long; or which budget of the tenant was used up",
+                reason=(*QUEUE_REASONS, *QUOTAS),
+            ),
+        )
+
+
+QUEUE_REASONS: Final = ("full", "hopeless", "displaced", "waited")
+QUOTAS: Final = ("requests_per_minute", "concurrent_requests", "tiles_per_minute", "tokens_per_minute")
 UNOBSERVED: Final = GatewayMetrics.declared(NO_METRICS)
+UNOBSERVED_ADMISSION: Final = AdmissionMetrics.declared(NO_METRICS)

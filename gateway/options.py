@@ -14,6 +14,7 @@ from shared.errors import InvalidGenerationConfig, InvalidJsonSchema, InvalidReq
 MAX_CANDIDATES = 16
 _MOST_TILES_OF_A_PICTURE = 12  # what every released checkpoint cuts a picture into at most, the thumbnail not counted
 _DEFAULT_SEGMENTS = 8
+_TURN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -26,6 +27,8 @@ def check_options(request: ChatRequest, limits: Limits) -> None:
     _check_config(request.config, limits)
     if request.max_total_tiles is not None and request.max_total_tiles < 1:
         raise InvalidRequest("A tile budget is at least 1.", field="max_total_tiles")
+    if request.turn_id and not _TURN_ID.fullmatch(request.turn_id):
+        raise InvalidRequest("A turn's id is 1 to 128 letters, digits or the characters ._:-", field="turn_id")
 
 
 def share_tiles(messages: tuple[Message, ...], max_total_tiles: int | None) -> tuple[Message, ...]:

@@ -62,19 +62,22 @@ class _MessageRecord(_Record):
     role: Role
     create_time: AwareDatetime
     parts: tuple[_PartRecord, ...]
+    cut_off: bool = False
 
 
 def write_message(message: Message, message_id: str, create_time: datetime) -> str:
     """Return the JSON of a message whose media all have their digests."""
     parts = tuple(_part_record(part) for part in message.parts)
-    record = _MessageRecord(message_id=message_id, role=message.role, create_time=create_time, parts=parts)
+    record = _MessageRecord(
+        message_id=message_id, role=message.role, create_time=create_time, parts=parts, cut_off=message.cut_off
+    )
     return record.model_dump_json(exclude_defaults=True)
 
 
 def read_message(value: bytes) -> Message:
     """Return the message that `write_message` wrote; raise `ValueError` for anything else."""
     record = _MessageRecord.model_validate_json(value)
-    return Message(record.role, tuple(map(_part, record.parts)), record.message_id, record.create_time)
+    return Message(record.role, tuple(map(_part, record.parts)), record.message_id, record.create_time, record.cut_off)
 
 
 def read_messages(values: Sequence[bytes | None]) -> tuple[Message, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from gateway import values
+from gateway.caller import current_caller
 from gateway.catalogue import Estimate
 from gateway.content import Medium, PreprocessOptions, ToolCall
 from gateway.events import (
@@ -22,16 +23,25 @@ from gateway.prompt import EmbeddingHandle, Prompt, Segment, TextSegment, Turn, 
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.llm.v1 import llm_service_pb2
 from internvl_serving.vision.v1 import vision_service_pb2
-from shared.rpc.messages import seconds_of
+from shared.embedding import row_bytes_of
+from shared.rpc.messages import DATA_TYPE_OF_MESSAGE, seconds_of
 
 # What the stages get.
 
 
 def encode_header(medium: Medium, *, prefetch: bool) -> vision_service_pb2.EncodeHeader:
-    """Return the header that asks for the medium's embedding."""
+    """Return the header that asks for the medium's embedding, the current caller's own or, without one, everybody's."""
     return vision_service_pb2.EncodeHeader(
-        media_digest=medium.digest, options=values.options_message(medium.options), prefetch=prefetch
+        media_digest=medium.digest,
+        options=values.options_message(medium.options),
+        tenant=current_caller().embedding_tenant,
+        prefetch=prefetch,
     )
+
+
+def erase_request(media_digest: str) -> vision_service_pb2.EraseRequest:
+    """Return the message that has the medium's embeddings removed, the current caller's own or everybody's."""
+    return vision_service_pb2.EraseRequest(tenant=current_caller().embedding_tenant, media_digest=media_digest)
 
 
 def estimate_request(content: bytes, options: PreprocessOptions) -> vision_service_pb2.EstimateRequest:
@@ -48,7 +58,15 @@ def generate_request(request: GenerateRequest) -> llm_service_pb2.GenerateReques
         generation_config=generation_pb2.GenerationConfig(stop_sequences=config.stop_sequences, **chosen),
         return_token_ids=request.return_token_ids,
         priority=generation_pb2.PRIORITY_BACKGROUND if request.in_background else generation_pb2.PRIORITY_INTERACTIVE,
+        context_overflow=generation_pb2.ContextOverflow.Value(f"CONTEXT_OVERFLOW_{request.context_overflow}"),
     )
+
+
+def count_tokens_request(prompt: Prompt | str) -> llm_service_pb2.CountTokensRequest:
+    """Return the request for the tokens of a prompt, or of plain text."""
+    if isinstance(prompt, str):
+        return llm_service_pb2.CountTokensRequest(text=prompt, return_token_ids=True)
+    return llm_service_pb2.CountTokensRequest(prompt=_prompt_message(prompt), return_token_ids=True)
 
 
 def score_turns_request(prompt: Prompt, choices: Sequence[str]) -> llm_service_pb2.ScoreTurnsRequest:
@@ -66,6 +84,7 @@ def _prompt_message(prompt: Prompt) -> llm_service_pb2.Prompt:
             )
             for tool in prompt.tools
         ],
+        tenant=current_caller().embedding_tenant,
     )
 
 
@@ -103,6 +122,8 @@ def encoded(response: vision_service_pb2.EncodeResponse) -> Encoded:
         preprocess_s=seconds_of(response.preprocess_duration),
         encode_s=seconds_of(response.encode_duration),
         frames=tuple(VideoFrame(frame.index, frame.time_seconds) for frame in response.frames),
+        queue_s=seconds_of(response.queue_duration),
+        size_bytes=_size_bytes_of(handle),
     )
 
 
@@ -123,7 +144,12 @@ def generate_event(response: llm_service_pb2.GenerateResponse) -> GenerateEvent 
     match response.WhichOneof("event"):
         case "started":
             started = response.started
-            return Started(started.model, started.prompt_token_count, tuple(started.prompt_token_ids))
+            return Started(
+                started.model,
+                started.prompt_token_count,
+                tuple(started.prompt_token_ids),
+                started.dropped_turn_count,
+            )
         case "delta":
             delta = response.delta
             return Delta(
@@ -137,6 +163,12 @@ def generate_event(response: llm_service_pb2.GenerateResponse) -> GenerateEvent 
 def turn_scores(response: llm_service_pb2.ScoreTurnsResponse) -> list[tuple[float, ...]]:
     """Return the probability of each choice at each turn of the model's, in order."""
     return [tuple(turn.probabilities) for turn in response.turns]
+
+
+def _size_bytes_of(handle: embedding_pb2.EmbeddingHandle) -> int:
+    """Return the bytes of an embedding; 0 for one of a type that only newer gateways know."""
+    data_type = DATA_TYPE_OF_MESSAGE.get(handle.data_type)
+    return handle.token_count * row_bytes_of(handle.hidden_size, data_type) if data_type else 0
 
 
 def _generated(finished: llm_service_pb2.GenerateFinished) -> Generated:
@@ -153,7 +185,9 @@ def _generated(finished: llm_service_pb2.GenerateFinished) -> Generated:
         prefill_s=seconds_of(finished.prefill_duration),
         decode_s=seconds_of(finished.decode_duration),
         transfers=tuple(
-            Transfer(transfer.digest, values.tier_of(transfer.cache_tier), seconds_of(transfer.duration))
+            Transfer(
+                transfer.digest, values.tier_of(transfer.cache_tier), seconds_of(transfer.duration), transfer.size_bytes
+            )
             for transfer in finished.transfers
         ),
         candidates=tuple(map(_candidate_result, finished.candidates)),

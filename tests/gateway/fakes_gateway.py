@@ -216,8 +216,8 @@ class Gateway:
     def __post_init__(self) -> None:
         self.library = MediaLibrary(self.media_store, LocalMediaCache(self.cache_bytes), self.limits.media_bytes)
         self.conversations = ConversationStore(self.redis, 3600, 15.0, self.limits.text_chars)
-        encoder = MediaEncoder(self.vision, self.library, parallel=8)
-        self.chat = Chat(self.llm, encoder, self.library, self.conversations, self.limits, metrics=self.metrics)
+        self.encoder = MediaEncoder(self.vision, self.library, parallel=8)
+        self.chat = Chat(self.llm, self.encoder, self.library, self.conversations, self.limits, metrics=self.metrics)
 
     async def answer(self, request: ChatRequest) -> list[ChatEvent]:
         return [event async for event in self.chat.answer(request)]

@@ -89,6 +89,7 @@ class ScriptedVision(vision_service_pb2_grpc.VisionServiceServicer):
             columns=2,
             rows=1,
             encode_duration=spent,
+            queue_duration=spent,
             preprocess_duration=spent,
             frames=[embedding_pb2.VideoFrame(index=10 * number, time_seconds=number) for number in range(frame_count)],
         )
@@ -142,7 +143,7 @@ class ScriptedLlm(llm_service_pb2_grpc.LlmServiceServicer):
             async for response in self._answer(request):
                 yield response
             self.ended += 1
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the latter in the middle of a write
             self.cancelled.set()
             raise
 
@@ -187,7 +188,10 @@ class ScriptedLlm(llm_service_pb2_grpc.LlmServiceServicer):
             decode_duration=Duration(nanos=3_000_000),
             transfers=[
                 llm_service_pb2.EmbeddingTransfer(
-                    digest=handle.digest, cache_tier=embedding_pb2.CACHE_TIER_PREFIX, duration=Duration(nanos=4_000_000)
+                    digest=handle.digest,
+                    cache_tier=embedding_pb2.CACHE_TIER_LOCAL,
+                    duration=Duration(nanos=4_000_000),
+                    size_bytes=1000,
                 )
                 for visual in visuals
                 for handle in visual.embeddings
@@ -202,6 +206,9 @@ class ScriptedLlm(llm_service_pb2_grpc.LlmServiceServicer):
         known = [self.step_scores.get(step.rpartition("### Solution Process:\n")[2], 0.5) for step in steps]
         turns = [llm_service_pb2.TurnScore(probabilities=[score, 1 - score]) for score in known]
         return llm_service_pb2.ScoreTurnsResponse(turns=turns, model="critic")
+
+    async def DescribeModel(self, request: Any, context: Any) -> llm_service_pb2.DescribeModelResponse:
+        return llm_service_pb2.DescribeModelResponse(model="scripted", max_context_tokens=4096)
 
     async def CountTokens(self, request: Any, context: Any) -> llm_service_pb2.CountTokensResponse:
         raise AssertionError("not asked for")

@@ -9,7 +9,7 @@ import grpc
 import pytest
 import structlog
 
-from shared.errors import QueueFull
+from shared.errors import ApiKeyInvalid, QueueFull
 from shared.prometheus import PrometheusRegistry
 from shared.rpc.call_metrics import CallMetrics
 from shared.rpc.interceptors import CallInterceptor, CallRegistry
@@ -39,6 +39,8 @@ ENDINGS = {
     "the client's connection is gone": Ending("hang", "disconnect", {"CANCELLED"}),
     "the drain is cut": Ending("hang", "outlast", {"UNAVAILABLE"}),
     "refused while not ready": Ending("answer", "come early", {"UNAVAILABLE"}),
+    "refused at the gate": Ending("answer", "be a stranger", {"UNAUTHENTICATED"}),
+    "refused at the gate, while not ready": Ending("answer", "be an early stranger", {"UNAUTHENTICATED"}),
 }
 
 
@@ -88,7 +90,8 @@ class Bench:
         self.calls = CallRegistry()
         self.calls.ready = True
         self.registry = PrometheusRegistry()
-        self.server = grpc.aio.server(interceptors=[CallInterceptor(self.calls, CallMetrics.declared(self.registry))])
+        self.interceptor = CallInterceptor(self.calls, CallMetrics.declared(self.registry))
+        self.server = grpc.aio.server(interceptors=[self.interceptor])
         methods = {shape: self.handler.of_shape(shape) for shape in SHAPES}
         self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}")
@@ -142,9 +145,14 @@ async def received(call: Any, shape: str) -> None:
                 pass
 
 
+def keep_out(method: str, metadata: Any) -> None:
+    raise ApiKeyInvalid("No.")
+
+
 async def play(made: Bench, shape: str, client: str) -> None:
-    if client == "come early":
-        made.calls.ready = False
+    made.calls.ready = "early" not in client
+    if "stranger" in client:
+        made.interceptor.gate = keep_out
     call = made.call(shape, timeout=0.3 if client == "expire" else None)
     reading = asyncio.create_task(received(call, shape))
     if client in ("cancel", "disconnect", "outlast"):

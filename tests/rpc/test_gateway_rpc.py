@@ -78,8 +78,9 @@ async def test_the_receipt_says_what_the_picture_cost(client: Client) -> None:
     assert (first.media_digest, first.tile_count, first.token_count) == (digest_of(CAT), 3, 768)
     assert (first.columns, first.rows) == (2, 1)
     assert first.cache_tier == embedding_pb2.CACHE_TIER_NONE
-    assert first.encode_duration.nanos == first.preprocess_duration.nanos == 5_000_000
-    assert (first.transfer_tier, first.transfer_duration.nanos) == (embedding_pb2.CACHE_TIER_PREFIX, 4_000_000)
+    assert first.encode_duration.nanos == first.preprocess_duration.nanos == first.queue_duration.nanos == 5_000_000
+    assert (first.transfer_tier, first.transfer_duration.nanos) == (embedding_pb2.CACHE_TIER_LOCAL, 4_000_000)
+    assert (first.embedding_size_bytes, first.transfer_size_bytes) == (768 * 64 * 4, 1000)
     again = (await client.ask(CAT))[-1].finished.receipts[0]
     assert (again.cache_tier, again.encode_duration.nanos) == (embedding_pb2.CACHE_TIER_STORE, 0)
 
@@ -89,6 +90,7 @@ async def test_the_timings_hold_the_model_s_and_the_gateway_s_own(client: Client
     assert timings.queue_duration.nanos == 1_000_000
     assert timings.prefill_duration.nanos == 2_000_000
     assert timings.decode_duration.nanos == 3_000_000
+    assert timings.output_tokens_per_second == pytest.approx(1 / 0.003)
     assert timings.time_to_first_token.ToNanoseconds() <= timings.total_duration.ToNanoseconds()
 
 
