@@ -6,6 +6,7 @@ Example:
 
 """
 
+from internvl_client.access import TlsFiles
 from internvl_client.async_batches import AsyncBatch
 from internvl_client.async_client import AsyncAnswerStream, AsyncClient, AsyncConversation, AsyncEventStream
 from internvl_client.batches import Batch
@@ -18,12 +19,15 @@ from internvl_client.errors import (
     InternVLError,
     InvalidRequestError,
     NotFoundError,
+    NotPermittedError,
     OverloadedError,
     PreconditionError,
     ServerError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from internvl_client.grounding import Box, draw_boxes, parse_boxes
+from internvl_client.system import ModelStatus, ServiceStatus, StageState, StageStatus, StoreStatus, SystemStatus
 from internvl_client.types import (
     Answer,
     BatchInfo,
@@ -31,12 +35,14 @@ from internvl_client.types import (
     CacheTier,
     Candidate,
     ChatEvent,
+    ContextOverflow,
     ConversationInfo,
     Delta,
     Estimate,
     Finished,
     FinishReason,
     GenerationConfig,
+    Question,
     RankingMethod,
     Receipt,
     Started,
@@ -63,6 +69,7 @@ __all__ = [
     "Candidate",
     "ChatEvent",
     "Client",
+    "ContextOverflow",
     "Conversation",
     "ConversationBusyError",
     "ConversationInfo",
@@ -79,19 +86,29 @@ __all__ = [
     "InvalidRequestError",
     "Media",
     "Message",
+    "ModelStatus",
     "NotFoundError",
+    "NotPermittedError",
     "OverloadedError",
     "Part",
     "PreconditionError",
+    "Question",
     "RankingMethod",
     "Receipt",
     "Role",
     "ServerError",
+    "ServiceStatus",
+    "StageState",
+    "StageStatus",
     "Started",
+    "StoreStatus",
+    "SystemStatus",
     "Timings",
+    "TlsFiles",
     "TokenLogprob",
     "Tool",
     "ToolCall",
+    "UnauthenticatedError",
     "UnavailableError",
     "UploadedMedia",
     "Usage",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final, TypedDict
 
 MAX_MESSAGE_BYTES: Final = 8 << 20
+SHORT_CALL_S: Final = 60.0  # for calls that are answered at once, or not at all
 REQUEST_ID_KEY: Final = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -41,7 +42,7 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, str | int], ...]] = (
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # what making a connection may take, whatever its name says
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
@@ -64,7 +65,7 @@ class CallScope:
         self._metadata: tuple[tuple[str, str | bytes], ...] = (*metadata, (REQUEST_ID_KEY, self.request_id))
         self._expires_at = None if timeout_s is None else time.monotonic() + timeout_s
 
-    def options(self) -> CallOptions:
-        """Return timeout and metadata for the next call."""
-        remaining = None if self._expires_at is None else max(0.0, self._expires_at - time.monotonic())
+    def options(self, default_s: float | None = None) -> CallOptions:
+        """Return timeout and metadata for the next call; `default_s` is its time where nobody has set one."""
+        remaining = default_s if self._expires_at is None else max(0.0, self._expires_at - time.monotonic())
         return CallOptions(timeout=remaining, metadata=self._metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -48,13 +49,16 @@ def describe(error: InternVLError) -> str:
     return f"{error.message}{advice} [{facts}]"
 
 
+@cache
 def _commands() -> typer.Typer:
-    from internvl_client import cli_bench, cli_media
+    from internvl_client import cli_batch, cli_bench, cli_chat, cli_doctor, cli_media, cli_tiles, cli_top
+    from internvl_client.cli_access import add_access_options
     from internvl_client.cli_commands import app
 
-    cli_media.register(app)
-    cli_bench.register(app)
+    for commands in (cli_chat, cli_batch, cli_tiles, cli_media, cli_doctor, cli_top, cli_bench):
+        commands.register(app)
     import_module(_LOCAL_COMMANDS).register(app)
+    add_access_options(app)
     return app
 
 

@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from internvl_client.async_client import AsyncClient
 from internvl_client.bench import (
     SCENARIOS,
     GatewayTarget,
@@ -27,9 +26,17 @@ from internvl_client.bench import (
 from internvl_client.bench.scenarios import DESCRIPTIONS
 from internvl_client.cli import CommandFailure
 from internvl_client.cli_bench_output import Measured, figures, show_summaries
-from internvl_client.cli_commands import AddressOption, find_address
+from internvl_client.cli_gateway import AddressOption, find_address, open_async_client
 from internvl_client.cli_output import open_console
 
+_EXAMPLES: Final = """Examples:
+
+  internvl bench
+
+  internvl bench --scenario text1 --rounds 5 --json figures.json
+
+  internvl bench --pictures 1 --picture-size 896x896 --dialogues 32 --concurrency 8
+"""
 _DEFAULT: Final = ("text1", "single", "same")
 _SCENARIO_HELP: Final = "One of " + "; ".join(f"{name}: {text}" for name, text in DESCRIPTIONS.items()) + "."
 
@@ -47,7 +54,7 @@ WorkloadOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(bench)
+    app.command(epilog=_EXAMPLES)(bench)
 
 
 def bench(
@@ -119,7 +126,7 @@ async def _measure(
     on_done: Callable[[str], object],
 ) -> Measured:
     try:
-        async with AsyncClient(address, timeout_s=timeout_s) as client:
+        async with open_async_client(address, timeout_s) as client:
             target = GatewayTarget(client)
             length = await calibrate(target, seed)
             if warms_up:

@@ -11,14 +11,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from internvl_client.cli import CommandFailure, describe
-from internvl_client.cli_commands import AddressOption, find_address
+from internvl_client.cli_gateway import AddressOption, open_client
 from internvl_client.cli_output import open_console
-from internvl_client.client import Client
 from internvl_client.content import Image, Media, Video
 from internvl_client.errors import InternVLError, InvalidRequestError
+from internvl_client.media_paths import is_video
 from internvl_client.types import Estimate, Receipt
 
-_VIDEO_ENDINGS: Final = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+_PREFETCH_EXAMPLES: Final = """Examples:
+
+  internvl prefetch *.jpg clip.mp4
+
+  internvl prefetch --max-tiles 6 *.jpg
+"""
+_ESTIMATE_EXAMPLES: Final = """Examples:
+
+  internvl estimate *.jpg
+"""
 _GROUP_BYTES: Final = 64 << 20  # of files that are in memory at a time
 
 MediaArgument = Annotated[
@@ -35,8 +44,8 @@ MaxTilesOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(prefetch)
-    app.command()(estimate)
+    app.command(epilog=_PREFETCH_EXAMPLES)(prefetch)
+    app.command(epilog=_ESTIMATE_EXAMPLES)(estimate)
 
 
 def prefetch(files: MediaArgument, max_tiles: MaxTilesOption = None, address: AddressOption = None) -> None:
@@ -47,7 +56,7 @@ def prefetch(files: MediaArgument, max_tiles: MaxTilesOption = None, address: Ad
     console = open_console()
     failures = _Failures(console, len(files))
     receipts: list[Receipt] = []
-    with Client(find_address(address)) as client, _progress_bar(console, len(files)) as show_progress:
+    with open_client(address) as client, _progress_bar(console, len(files)) as show_progress:
         for group in _groups(files, max_tiles, failures):
             on_progress = partial(show_progress, len(receipts) + failures.count)
             outcomes = client.prefetch([medium for _, medium in group], on_progress=on_progress)
@@ -65,7 +74,7 @@ def estimate(files: PicturesArgument, max_tiles: MaxTilesOption = None, address:
     console = open_console()
     failures = _Failures(console, len(files))
     width = max(len(str(path)) for path in files)
-    with Client(find_address(address)) as client:
+    with open_client(address) as client:
         console.print(_row("file", width, "size", "grid", "tiles", "tokens"), style="bold")
         for path in files:
             try:
@@ -117,7 +126,7 @@ def _groups(files: Sequence[Path], max_tiles: int | None, failures: _Failures) -
 
 
 def _open(path: Path, max_tiles: int | None) -> Media:
-    kind = Video if path.suffix.lower() in _VIDEO_ENDINGS else Image
+    kind = Video if is_video(path) else Image
     return kind.open(path, max_tiles=max_tiles)
 
 

@@ -27,10 +27,13 @@ def open_console() -> Console:
     return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def show_answer(console: Console, stream: AnswerStream, names: Mapping[str, str], *, streams: bool = True) -> Answer:
+def show_answer(
+    console: Console, stream: AnswerStream, names: Mapping[str, str], *, streams: bool = True, brief: bool = False
+) -> Answer:
     """Print the answer as it comes, then tokens, times and a receipt per medium; `names` are by digest.
 
-    `streams` False waits for the end: candidates that come side by side cannot be read as they come.
+    `streams` False waits for the end: candidates that come side by side cannot be read as they come. `brief` says what
+    it cost on one line.
     """
     with stream:
         for delta in stream:
@@ -41,6 +44,9 @@ def show_answer(console: Console, stream: AnswerStream, names: Mapping[str, str]
         console.print()
     else:
         _show_candidates(console, answer)
+    if brief:
+        console.print(f"  {brief_summary(answer, names)}", style="dim")
+        return answer
     for label, text in summary(answer, names):
         console.print(f"  {label:<8} {text}", style="dim")
     return answer
@@ -76,21 +82,37 @@ def summary(answer: Answer, names: Mapping[str, str]) -> list[tuple[str, str]]:
     return [("tokens", tokens), ("time", time), *receipts]
 
 
+def brief_summary(answer: Answer, names: Mapping[str, str]) -> str:
+    """Return on one line what an answer cost: time, speed, tokens, and where its media came from."""
+    usage = answer.usage
+    facts = [
+        f"first token {answer.timings.time_to_first_token_s:.2f} s, {answer.tokens_per_second:.1f} tokens/s",
+        f"{usage.num_prompt_tokens} read, {usage.num_cached_tokens} cached, {usage.num_output_tokens} written",
+    ]
+    facts += [f"{_name(receipt, names)}: {_cost(receipt)}" for receipt in answer.receipts]
+    return " | ".join(facts)
+
+
 def _receipt(receipt: Receipt, names: Mapping[str, str]) -> str:
     thumbnail = " and thumbnail" if receipt.num_tiles > receipt.columns * receipt.rows else ""
-    if receipt.cache_hit:
-        cost = f"hit in {_place(receipt.cache_tier, 'the vision service')}, no encode"
-    else:
-        cost = f"encode {receipt.encode_s * 1000:.0f} ms{' (shared)' if receipt.coalesced else ''}, cached from now on"
     grid = f"{receipt.columns}x{receipt.rows}{thumbnail}"
     if receipt.frames:
         first, last = receipt.frames[0].time_s, receipt.frames[-1].time_s
         grid = f"{len(receipt.frames)} frames, {first:.2f} to {last:.2f} s"
     return (
-        f"{names.get(receipt.media_digest, receipt.media_digest[:12])}: "
-        f"{receipt.num_tiles} tiles ({grid}), {receipt.num_tokens} visual tokens, "
-        f"{cost}, read from {_place(receipt.transfer_tier, 'the LLM service')}"
+        f"{_name(receipt, names)}: {receipt.num_tiles} tiles ({grid}), {receipt.num_tokens} visual tokens, "
+        f"{_cost(receipt)}, read from {_place(receipt.transfer_tier, 'the LLM service')}"
     )
+
+
+def _name(receipt: Receipt, names: Mapping[str, str]) -> str:
+    return names.get(receipt.media_digest, receipt.media_digest[:12])
+
+
+def _cost(receipt: Receipt) -> str:
+    if receipt.cache_hit:
+        return f"hit in {_place(receipt.cache_tier, 'the vision service')}, no encode"
+    return f"encode {receipt.encode_s * 1000:.0f} ms{' (shared)' if receipt.coalesced else ''}, cached from now on"
 
 
 def _place(tier: CacheTier, service: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
@@ -11,14 +11,18 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from internvl_client import convert
+from internvl_client.access import Access, TlsFiles
 from internvl_client.batches import CANCEL_TIMEOUT_S, Batch, Outcome, missing_result
-from internvl_client.channel import CHANNEL_OPTIONS, CallScope
+from internvl_client.channel import SHORT_CALL_S, CallScope
 from internvl_client.content import Image, Media, Message, Part
-from internvl_client.errors import InternVLError, NotFoundError, translated
+from internvl_client.errors import InternVLError, NotFoundError, UnavailableError, translated
 from internvl_client.media import MediaCalls
 from internvl_client.plan import AnswerCollector, ChatPlan, plan_batch, plan_chat
+from internvl_client.resumption import Resumption
+from internvl_client.system import SystemStatus, system_of
 from internvl_client.types import (
     Answer,
+    BatchItem,
     ChatEvent,
     ChatOptions,
     ConversationInfo,
@@ -35,6 +39,8 @@ from internvl_serving.gateway.v1 import (
     chat_service_pb2_grpc,
     conversation_service_pb2,
     conversation_service_pb2_grpc,
+    system_service_pb2,
+    system_service_pb2_grpc,
 )
 
 RequestT = TypeVar("RequestT")
@@ -112,8 +118,13 @@ class AnswerStream:
 class Client:
     """Talks to a gateway.
 
-    `timeout_s` is the default for every call. `credentials` (see `grpc.ssl_channel_credentials`) turn TLS on.
-    `metadata` goes with every call. Failed calls raise `InternVLError`. Close the client, or use it as a context.
+    `timeout_s` is the default for every call; without it, answers, uploads and whatever else may take its time have no
+    end, and what is answered at once has a minute. `api_key` goes with every call, and over plaintext to this machine
+    only, unless `insecure` says that the way is safe. `tls` True trusts the authorities that grpcio knows; `TlsFiles`
+    name others; or pass `credentials` of your own making. `metadata` goes with every call.
+
+    Making one raises `ValueError` for arguments that cannot be meant, and `OSError` for files that cannot be read.
+    Failed calls raise `InternVLError`. Close the client, or use it as a context.
     """
 
     def __init__(
@@ -121,21 +132,22 @@ class Client:
         address: str,
         *,
         timeout_s: float | None = None,
+        api_key: str | None = None,
+        tls: bool | TlsFiles = False,
+        insecure: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
+        access = Access.to(address, api_key=api_key, tls=tls, insecure=insecure, credentials=credentials)
         self.address = address
         self._timeout_s = timeout_s
-        self._metadata = tuple(metadata)
-        self._channel = (
-            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-        )
+        self._metadata = (*metadata, *access.metadata)
+        self._channel = access.channel(address)
         self._chat = chat_service_pb2_grpc.ChatServiceStub(self._channel)
         self._conversations = conversation_service_pb2_grpc.ConversationServiceStub(self._channel)
         self._media = MediaCalls(self._channel, address)
         self._batches = batch_service_pb2_grpc.BatchServiceStub(self._channel)
+        self._system = system_service_pb2_grpc.SystemServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +174,7 @@ class Client:
 
     def ask_batch(
         self,
-        items: Iterable[str | Iterable[Message | Part]],
+        items: Iterable[BatchItem],
         *,
         concurrency: int | None = None,
         on_progress: Progress | None = None,
@@ -170,9 +182,9 @@ class Client:
     ) -> list[Outcome]:
         """Return what becomes of many independent questions, in their order: an answer, or the error of that question.
 
-        Each item is a text, the parts of one user message, or a dialogue; `options` hold for all. At most `concurrency`
-        are asked at a time (None: the server's limit). `on_progress` is told how many have ended, and of how many. A
-        call that is left before its end ends the batch.
+        Each item is a text, the parts of one user message, a dialogue, or a `Question` with options of its own;
+        `options` hold for all. At most `concurrency` are asked at a time (None: the server's limit). `on_progress` is
+        told how many have ended, and of how many. A call that is left before its end ends the batch.
         """
         asked = list(items)
         if not asked:
@@ -192,7 +204,7 @@ class Client:
 
     def create_batch(
         self,
-        items: Iterable[str | Iterable[Message | Part]],
+        items: Iterable[BatchItem],
         *,
         concurrency: int | None = None,
         ttl_s: float | None = None,
@@ -224,6 +236,20 @@ class Client:
     def conversation(self, conversation_id: str) -> Conversation:
         """Return the kept dialogue of this id; nothing is sent yet."""
         return Conversation(self, conversation_id)
+
+    def conversations(self, *, page_size: int = 100, timeout_s: float | None = None) -> Iterator[ConversationInfo]:
+        """Yield the conversations that the server keeps for this caller, the one used last first.
+
+        `timeout_s` is per page. Whoever needs no API key sees what is everybody's; a server that anybody can reach
+        without one refuses.
+        """
+        request = conversation_service_pb2.ListConversationsRequest(page_size=page_size)
+        while True:
+            response = self._unary(self._conversations.ListConversations, request, self._scope(timeout_s))
+            yield from map(convert.conversation_of, response.conversations)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return
 
     def find_missing(self, digests: Sequence[str], *, timeout_s: float | None = None) -> list[str]:
         """Return those of `digests` whose bytes the server does not hold."""
@@ -265,6 +291,11 @@ class Client:
         """
         return self._media.delete(medium_or_digest, self._scope(timeout_s))
 
+    def status(self, *, timeout_s: float | None = None) -> SystemStatus:
+        """Return how the gateway is, and what stands behind it as the gateway sees it."""
+        request = system_service_pb2.GetStatusRequest()
+        return system_of(self._unary(self._system.GetStatus, request, self._scope(timeout_s)))
+
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Return whether the gateway says that it serves; raise `UnavailableError` when nobody answers."""
         # Health messages have one field each, so the well-known wrappers have the same wire format.
@@ -279,6 +310,21 @@ class Client:
 
     def _events(self, plan: ChatPlan, scope: CallScope) -> Generator[ChatEvent, None, None]:
         self._media.provide(plan.uploads, scope)
+        resumption = Resumption(is_named=plan.is_named)
+        try:
+            yield from self._news(plan, scope, resumption)
+        except UnavailableError as error:
+            if not resumption.begin(error):
+                raise
+            yield from self._news(plan, scope, resumption)
+
+    def _news(self, plan: ChatPlan, scope: CallScope, resumption: Resumption) -> Generator[ChatEvent, None, None]:
+        with closing(self._mended(plan, scope)) as events:
+            for event in events:
+                yield from resumption.news(event)
+
+    def _mended(self, plan: ChatPlan, scope: CallScope) -> Generator[ChatEvent, None, None]:
+        """Yield the events of a call, which is made again where the server has lost media that are held here."""
         try:
             yield from self._attempt(plan, scope)
         except NotFoundError as error:
@@ -301,7 +347,7 @@ class Client:
         self, method: grpc.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, scope: CallScope
     ) -> ResponseT:
         with translated(self.address, scope.request_id):
-            return method(request, **scope.options())
+            return method(request, **scope.options(SHORT_CALL_S))
 
     def _scope(self, timeout_s: float | None, request_id: str | None = None) -> CallScope:
         return CallScope(request_id, self._timeout_s if timeout_s is None else timeout_s, self._metadata)
@@ -310,7 +356,9 @@ class Client:
 class Conversation:
     """A dialogue that the server keeps, so that a turn carries only what is new. One turn at a time.
 
-    Media of earlier turns are remembered here, to be uploaded again should the server have lost them.
+    Every turn has an id, so that none is lost or doubled with a connection: it is sent once more then, and told
+    again or answered anew. Media of earlier turns are remembered here, to be uploaded again should the server have lost
+    them.
     """
 
     def __init__(self, client: Client, conversation_id: str) -> None:
@@ -353,6 +401,20 @@ class Conversation:
             request.page_token = response.next_page_token
             if not request.page_token:
                 return
+
+    def fork(
+        self, at: Message | Answer | str | None = None, *, ttl_s: float | None = None, timeout_s: float | None = None
+    ) -> Conversation:
+        """Begin a conversation with what was said here up to an answer, by itself or its id; None: to the last one.
+
+        Either goes on without the other. The fork is kept for `ttl_s` after its last turn (None: as long as this one).
+        """
+        request = convert.fork_conversation_request(self.conversation_id, at, ttl_s)
+        client = self._client
+        response = client._unary(client._conversations.ForkConversation, request, client._scope(timeout_s))
+        forked = client.conversation(response.conversation.conversation_id)
+        forked._earlier = dict(self._earlier)
+        return forked
 
     def delete(self, *, timeout_s: float | None = None) -> None:
         """Have the server forget the conversation."""

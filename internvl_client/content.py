@@ -167,6 +167,8 @@ Part: TypeAlias = str | Image | ImageGroup | Video | ToolCall
 class Message:
     """One entry of a dialogue. `message_id` and `create_time` are set by the server in kept conversations.
 
+    `cut_off`: the turn ended before this answer did, and was kept because of `keep_partial_answer`.
+
     The server puts a newline after a picture when another picture follows, or text that does not begin with white
     space, and puts the frames of a video on lines of their own; nothing else is inserted between parts.
     """
@@ -175,6 +177,7 @@ class Message:
     parts: tuple[Part, ...]
     message_id: str = ""
     create_time: datetime | None = None
+    cut_off: bool = False
 
     @classmethod
     def user(cls, *parts: Part) -> Message:

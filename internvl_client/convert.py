@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -13,9 +14,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from internvl_client.content import Image, ImageGroup, Media, Message, Part, Role, Tool, ToolCall, Video
 from internvl_client.types import (
+    Answer,
     CacheTier,
     Candidate,
     ChatEvent,
+    ContextOverflow,
     ConversationInfo,
     Delta,
     Finished,
@@ -66,6 +69,11 @@ def chat_request(
         ranking_method=chat_service_pb2.RankingMethod.Value(
             f"RANKING_METHOD_{options.get('ranking_method', RankingMethod.UNSPECIFIED)}"
         ),
+        turn_id=options.get("turn_id") or (uuid.uuid4().hex if conversation_id else ""),
+        keep_partial_answer=options.get("keep_partial_answer", False),
+        context_overflow=generation_pb2.ContextOverflow.Value(
+            f"CONTEXT_OVERFLOW_{options.get('context_overflow', ContextOverflow.UNSPECIFIED)}"
+        ),
     )
 
 
@@ -96,6 +104,18 @@ def create_conversation_request(
 ) -> conversation_service_pb2.CreateConversationRequest:
     """Return the request for a new conversation."""
     return conversation_service_pb2.CreateConversationRequest(system_message=system_message, ttl=duration(ttl_s))
+
+
+def fork_conversation_request(
+    conversation_id: str, at: Message | Answer | str | None, ttl_s: float | None
+) -> conversation_service_pb2.ForkConversationRequest:
+    """Return the request for a fork; raise `ValueError` for a message that no conversation keeps."""
+    message_id = at if isinstance(at, str) else at.message_id if at else None
+    if message_id == "":
+        raise ValueError("A conversation is forked at an answer that it keeps: this one has no message_id.")
+    return conversation_service_pb2.ForkConversationRequest(
+        conversation_id=conversation_id, message_id=message_id or "", ttl=duration(ttl_s)
+    )
 
 
 def event_of(response: chat_service_pb2.ChatResponse) -> ChatEvent | None:
@@ -129,6 +149,7 @@ def message_of(message: content_pb2.Message) -> Message:
         tuple(_part_of(part) for part in message.parts),
         message.message_id,
         time_of(message.create_time) if message.HasField("create_time") else None,
+        message.cut_off,
     )
 
 
@@ -207,7 +228,13 @@ def _generation_config(options: TurnOptions) -> generation_pb2.GenerationConfig:
 
 def started_of(started: chat_service_pb2.ChatStarted) -> Started:
     """Return the beginning of an answer."""
-    return Started(started.request_id, started.model, started.prompt_token_count, tuple(started.prompt_token_ids))
+    return Started(
+        started.request_id,
+        started.model,
+        started.prompt_token_count,
+        tuple(started.prompt_token_ids),
+        started.dropped_turn_count,
+    )
 
 
 def logprobs_of(logprobs: Iterable[generation_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
@@ -226,6 +253,7 @@ def finished_of(finished: chat_service_pb2.ChatFinished) -> Finished:
         finished.message_id,
         tuple(map(_candidate_of, finished.candidates)),
         finished.best_candidate_index,
+        finished.replayed,
     )
 
 
@@ -274,6 +302,9 @@ def receipt_of(receipt: chat_service_pb2.MediaReceipt) -> Receipt:
         transfer_tier=_tier(receipt.transfer_tier),
         transfer_s=_seconds(receipt.transfer_duration),
         frames=tuple(VideoFrame(frame.index, frame.time_seconds) for frame in receipt.frames),
+        queue_s=_seconds(receipt.queue_duration),
+        embedding_bytes=receipt.embedding_size_bytes,
+        transfer_bytes=receipt.transfer_size_bytes,
     )
 
 

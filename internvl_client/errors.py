@@ -8,6 +8,8 @@ InternVLError
 |-- OverloadedError            RESOURCE_EXHAUSTED     try again after `retry_after_s`
 |-- UnavailableError           UNAVAILABLE            nobody answers, or not yet, or no longer
 |-- DeadlineError              DEADLINE_EXCEEDED      `timeout_s` has passed; also a TimeoutError
+|-- UnauthenticatedError       UNAUTHENTICATED        the server wants an API key that it knows
+|-- NotPermittedError          PERMISSION_DENIED      the key is good, but not for this
 `-- ServerError                everything else        the request id finds it in the server's log
 """
 
@@ -29,7 +31,8 @@ class InternVLError(Exception):
     """A call that failed.
 
     `reason` is an entry of `internvl_serving.common.v1.ErrorReason` without its prefix, or empty where the status did
-    not come from the server. `field` names the request field at fault, `resource` what is missing.
+    not come from the server. `field` names the request field at fault, `resource` what is missing,
+    `quota` the budget that is used up.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -43,6 +46,7 @@ class InternVLError(Exception):
         field: str | None = None,
         resource: str | None = None,
         retry_after_s: float | None = None,
+        quota: str | None = None,
         request_id: str = "",
     ) -> None:
         super().__init__(message)
@@ -52,7 +56,16 @@ class InternVLError(Exception):
         self.field = field
         self.resource = resource
         self.retry_after_s = retry_after_s
+        self.quota = quota
         self.request_id = request_id
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether the same call may succeed later as it is: after `retry_after_s`, or else in about a second.
+
+        A call that had begun to answer begins anew; nothing that failed this way has been kept.
+        """
+        return self.retry_after_s is not None or self.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
 
 
 class InvalidRequestError(InternVLError):
@@ -97,6 +110,18 @@ class DeadlineError(InternVLError, TimeoutError):
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+class UnauthenticatedError(InternVLError):
+    """The call showed no API key, or none that the server takes, or no longer."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class NotPermittedError(InternVLError):
+    """The call showed a good API key, which is not good for this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class ServerError(InternVLError):
     """The server failed; its log has `request_id`."""
 
@@ -111,13 +136,15 @@ class _Details:
         error_details_pb2.BadRequest,
         error_details_pb2.ResourceInfo,
         error_details_pb2.RetryInfo,
+        error_details_pb2.QuotaFailure,
     )
 
     def __init__(self, status: status_pb2.Status) -> None:
-        self.info, self.bad_request, self.resource_info, self.retry_info = (kind() for kind in self.kinds)
+        kept = tuple(kind() for kind in self.kinds)
+        self.info, self.bad_request, self.resource_info, self.retry_info, self.quota_failure = kept
         for detail in status.details:
-            for kept in (self.info, self.bad_request, self.resource_info, self.retry_info):
-                detail.Unpack(kept)
+            for each in kept:
+                detail.Unpack(each)
 
     @property
     def reason(self) -> str:
@@ -131,6 +158,11 @@ class _Details:
     @property
     def resource(self) -> str | None:
         return self.resource_info.resource_name or None
+
+    @property
+    def quota(self) -> str | None:
+        violations = self.quota_failure.violations
+        return violations[0].subject if violations else None
 
     @property
     def retry_after_s(self) -> float | None:
@@ -159,6 +191,7 @@ def error_of(error: grpc.RpcError, address: str, request_id: str) -> InternVLErr
         field=details.field,
         resource=details.resource,
         retry_after_s=details.retry_after_s,
+        quota=details.quota,
         request_id=request_id,
     )
 
@@ -188,10 +221,19 @@ def _message(error: grpc.RpcError, code: grpc.StatusCode, details: _Details, add
     if details.reason:
         return words
     if code is grpc.StatusCode.UNAVAILABLE:
-        return f"No gateway answers at {address}."
+        return _absence(words.lower(), address)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "The time allowed for the call has passed."
     return f"{address} answered {code.name}{f': {words}' if words else ''}"
+
+
+def _absence(words: str, address: str) -> str:
+    # What gRPC says is for people who know it, but tells a mistake in the settings from an absent gateway.
+    if "handshake" in words or "verification" in words:
+        return f"TLS with {address} fails: it shows no certificate of that name and authority, or speaks no TLS."
+    if "socket closed" in words and "failing" in words:
+        return f"{address} hangs up at once: it wants TLS, or a certificate."
+    return f"No gateway answers at {address}."
 
 
 def _rich_status(error: grpc.RpcError) -> status_pb2.Status:

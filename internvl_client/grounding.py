@@ -58,7 +58,7 @@ def draw_boxes(
     """
     from PIL import ImageDraw, ImageFont
 
-    canvas = _opened(picture, orientation).convert("RGB")
+    canvas = open_picture(picture, orientation).convert("RGB")
     draw = ImageDraw.Draw(canvas)
     stroke = line_width or max(2, round(min(canvas.size) / 200))
     font = ImageFont.load_default(14)
@@ -74,9 +74,21 @@ def draw_boxes(
     return buffer.getvalue()
 
 
+def open_picture(picture: bytes, orientation: Orientation) -> PillowImage.Image:
+    """Return the decoded `picture`. Needs Pillow; raises `ValueError` when the bytes are no picture."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        opened: PillowImage.Image = Image.open(BytesIO(picture))
+        opened.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError("The bytes are no picture that can be read.") from None
+    return ImageOps.exif_transpose(opened) if orientation == "viewer" else opened
+
+
 def picture_size(picture: bytes, *, orientation: Orientation = "card") -> tuple[int, int]:
     """Return width and height of the encoded `picture`. Needs Pillow; raises `ValueError` when it is no picture."""
-    return _opened(picture, orientation).size
+    return open_picture(picture, orientation).size
 
 
 def _boxes(text: str, width: int, height: int) -> Iterator[Box]:
@@ -106,17 +118,6 @@ def _single(value: float) -> float:
     """Return `value` rounded to single precision."""
     rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
     return rounded
-
-
-def _opened(picture: bytes, orientation: Orientation) -> PillowImage.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        opened: PillowImage.Image = Image.open(BytesIO(picture))
-        opened.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError("The bytes are no picture that can be read.") from None
-    return ImageOps.exif_transpose(opened) if orientation == "viewer" else opened
 
 
 def _corners(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:

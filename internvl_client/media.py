@@ -8,7 +8,7 @@ from contextlib import closing
 import grpc
 
 from internvl_client import convert, media_convert
-from internvl_client.channel import CallScope
+from internvl_client.channel import SHORT_CALL_S, CallScope
 from internvl_client.content import Image, Media
 from internvl_client.errors import MEDIA_UNREADABLE, InvalidRequestError, translated
 from internvl_client.media_plan import PrefetchCall, PrefetchTally, digest_of, plan_estimate
@@ -43,7 +43,7 @@ class MediaCalls:
         for start in range(0, len(digests), MAX_DIGESTS_PER_REQUEST):
             request = media_service_pb2.FindMissingRequest(digests=digests[start : start + MAX_DIGESTS_PER_REQUEST])
             with translated(self._address, scope.request_id):
-                missing += self._stub.FindMissing(request, **scope.options()).missing_digests
+                missing += self._stub.FindMissing(request, **scope.options(SHORT_CALL_S)).missing_digests
         return missing
 
     def upload(self, digest: str, content: bytes, scope: CallScope) -> UploadedMedia:
@@ -77,7 +77,7 @@ class MediaCalls:
         try:
             with translated(self._address, scope.request_id):
                 request = media_service_pb2.DeleteMediumRequest(digest=digest)
-                return self._stub.DeleteMedium(request, **scope.options()).embedding_count
+                return self._stub.DeleteMedium(request, **scope.options(SHORT_CALL_S)).embedding_count
         finally:  # a call that failed may have removed the bytes
             self._known.discard([digest])
 
@@ -115,4 +115,4 @@ class MediaCalls:
 
     def _estimate(self, request: media_service_pb2.EstimateRequest, scope: CallScope) -> Estimate:
         with translated(self._address, scope.request_id):
-            return media_convert.estimate_of(self._stub.Estimate(request, **scope.options()))
+            return media_convert.estimate_of(self._stub.Estimate(request, **scope.options(SHORT_CALL_S)))

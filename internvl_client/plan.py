@@ -10,7 +10,18 @@ from typing import Final
 from internvl_client import convert
 from internvl_client.content import Media, Message, Part
 from internvl_client.errors import MEDIA_NOT_FOUND, NotFoundError, ServerError
-from internvl_client.types import Answer, Candidate, ChatEvent, ChatOptions, Delta, Finished, Started, TurnOptions
+from internvl_client.types import (
+    Answer,
+    BatchItem,
+    Candidate,
+    ChatEvent,
+    ChatOptions,
+    Delta,
+    Finished,
+    Question,
+    Started,
+    TurnOptions,
+)
 from internvl_serving.gateway.v1 import batch_service_pb2, chat_service_pb2
 
 MAX_INLINE_BYTES: Final = 256 << 10
@@ -30,6 +41,11 @@ class ChatPlan:
     request: chat_service_pb2.ChatRequest
     uploads: Mapping[str, bytes]
     held: Mapping[str, bytes]
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its turn has an id, so that it can be sent again and is answered once."""
+        return bool(self.request.turn_id)
 
     def mends(self, error: NotFoundError) -> bool:
         """Return whether uploading what we hold may make the call succeed."""
@@ -64,19 +80,19 @@ class BatchPlan:
 
 
 def plan_batch(
-    items: Iterable[str | Iterable[Message | Part]], options: ChatOptions, concurrency: int | None, ttl_s: float | None
+    items: Iterable[BatchItem], options: ChatOptions, concurrency: int | None, ttl_s: float | None
 ) -> BatchPlan:
     """Return the plan for questions that are independent of one another; a bare text is a question too."""
-    dialogues = [convert.dialogue_of([item] if isinstance(item, str) else item) for item in items]
+    questions = [_question_of(item, options) for item in items]
+    dialogues = [convert.dialogue_of(question.content) for question in questions]
     media = [medium for messages in dialogues for message in messages for medium in message.media]
     inline = inline_digests(media)
-    system_message = options.get("system_message")
+    requests = [
+        convert.chat_request(messages, inline, question.options, question.options.get("system_message"), "")
+        for messages, question in zip(dialogues, questions, strict=True)
+    ]
     return BatchPlan(
-        batch_service_pb2.CreateBatchRequest(
-            items=[convert.chat_request(messages, inline, options, system_message, "") for messages in dialogues],
-            concurrency=concurrency or 0,
-            ttl=convert.duration(ttl_s),
-        ),
+        batch_service_pb2.CreateBatchRequest(items=requests, concurrency=concurrency or 0, ttl=convert.duration(ttl_s)),
         uploads={digest: content for digest, content in _contents(media).items() if digest not in inline},
     )
 
@@ -156,6 +172,8 @@ class AnswerCollector:
             logprobs=best.logprobs,
             candidates=candidates,
             best_index=self.finished.best_index,
+            num_dropped_turns=self.started.num_dropped_turns,
+            replayed=self.finished.replayed,
         )
 
     def _candidates(self, finished: Finished) -> tuple[Candidate, ...]:
@@ -171,6 +189,12 @@ class AnswerCollector:
             )
             for index, candidate in enumerate(finished.candidates or (_only_candidate(finished),))
         )
+
+
+def _question_of(item: BatchItem, options: ChatOptions) -> Question:
+    if isinstance(item, Question):
+        return Question(item.content, ChatOptions({**options, **item.options}))
+    return Question((item,) if isinstance(item, str) else tuple(item), options)
 
 
 def _only_candidate(finished: Finished) -> Candidate:

@@ -2,18 +2,23 @@
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
 class RunningSystem:
-    """A system that runs on this machine: the gateway's address, the model's directory, the starter's process id."""
+    """A system that runs on this machine: the gateway's address, the model's directory, the starter's process id.
+
+    `metrics` are the addresses at which its services answer `GET /metrics`, by the services' names.
+    """
 
     address: str
     model: str
     pid: int
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 def announce(system: RunningSystem) -> None:

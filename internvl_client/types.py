@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeAlias, TypedDict
 
-from internvl_client.content import Message, Tool, ToolCall
+from internvl_client.content import Message, Part, Tool, ToolCall
 from internvl_client.errors import InternVLError
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -32,6 +32,17 @@ class RankingMethod(StrEnum):
     UNSPECIFIED = "UNSPECIFIED"
     LOG_PROBABILITY = "LOG_PROBABILITY"
     CRITIC = "CRITIC"
+
+
+class ContextOverflow(StrEnum):
+    """What happens where the model's context does not hold a dialogue.
+
+    UNSPECIFIED: the request is refused with PROMPT_TOO_LONG. DROP_OLDEST_TURNS: the oldest turns are left out with
+    their media, as few as must go; never the system message, never the last turn.
+    """
+
+    UNSPECIFIED = "UNSPECIFIED"
+    DROP_OLDEST_TURNS = "DROP_OLDEST_TURNS"
 
 
 class CacheTier(StrEnum):
@@ -99,7 +110,12 @@ class TurnOptions(GenerationOptions, total=False):
     `request_id` (drawn when absent) finds the call in every service's log. `return_token_ids` asks for the ids.
     `tools` are functions that the model may ask to be called. `max_total_tiles` bounds the tiles of all new media
     together; each gets an equal share as its `max_tiles`, unless its own is smaller or the share is enough for what
-    models do by themselves. `ranking_method` says how candidates are ranked.
+    models do by themselves. `ranking_method` says how candidates are ranked. `context_overflow` says what happens to a
+    dialogue that is too long for the model.
+
+    For kept conversations only: `turn_id` (drawn when absent) names the turn, so that it can be sent again after an
+    error and is answered once; it is unique in the conversation. `keep_partial_answer` has a turn kept that fails or is
+    left once its answer has begun, with what was said until then, marked `cut_off`.
     """
 
     config: GenerationConfig
@@ -109,12 +125,26 @@ class TurnOptions(GenerationOptions, total=False):
     tools: Sequence[Tool]
     max_total_tiles: int | None
     ranking_method: RankingMethod
+    context_overflow: ContextOverflow
+    turn_id: str | None
+    keep_partial_answer: bool
 
 
 class ChatOptions(TurnOptions, total=False):
     """`TurnOptions` of a dialogue that is not kept. `system_message`: None is the model's own, "" an empty one."""
 
     system_message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question of a batch with options of its own, which go before those of the batch."""
+
+    content: tuple[Message | Part, ...]
+    options: ChatOptions = field(default_factory=ChatOptions)
+
+
+BatchItem: TypeAlias = str | Iterable[Message | Part] | Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +187,7 @@ class Receipt:
     """What one medium cost. `columns` x `rows` is its tile grid; `num_tiles` counts thumbnails too.
 
     `frames` are those of a video that were seen, in order. One of a prefetch has no transfer: no model has read it yet.
+    `embedding_bytes` is the embedding's size, `transfer_bytes` what the LLM service read of it for this turn.
     """
 
     media_digest: str
@@ -171,6 +202,9 @@ class Receipt:
     transfer_tier: CacheTier
     transfer_s: float
     frames: tuple[VideoFrame, ...] = ()
+    queue_s: float = 0.0
+    embedding_bytes: int = 0
+    transfer_bytes: int = 0
 
     @property
     def cache_hit(self) -> bool:
@@ -198,12 +232,13 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """First event: the pictures are encoded and the prompt was accepted."""
+    """First event: the pictures are encoded and the prompt was accepted, without the oldest `num_dropped_turns`."""
 
     request_id: str
     model: str
     num_prompt_tokens: int
     prompt_token_ids: tuple[int, ...] = ()
+    num_dropped_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +291,8 @@ class Candidate:
 class Finished:
     """Last event: the answer is complete and, in a kept conversation, stored under `message_id`.
 
-    The candidate at `best_index` ranks first; it is the one that is stored.
+    The candidate at `best_index` ranks first; it is the one that is stored. `replayed`: the turn was answered by an
+    earlier call with its `turn_id`, which everything here is of; ids, log-probabilities and other candidates are gone.
     """
 
     finish_reason: FinishReason
@@ -266,6 +302,7 @@ class Finished:
     message_id: str = ""
     candidates: tuple[Candidate, ...] = ()
     best_index: int = 0
+    replayed: bool = False
 
 
 ChatEvent: TypeAlias = Started | Delta | Finished
@@ -275,7 +312,8 @@ ChatEvent: TypeAlias = Started | Delta | Finished
 class Answer:
     """A whole answer. `str(answer)` is the text. Token ids and log-probabilities are there when they were asked for.
 
-    Where there are several candidates, the one at `best_index` is the answer.
+    Where there are several candidates, the one at `best_index` is the answer. `num_dropped_turns` of the oldest turns
+    were left out of the prompt. `replayed`: see `Finished`.
     """
 
     text: str
@@ -291,6 +329,8 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     best_index: int = 0
+    num_dropped_turns: int = 0
+    replayed: bool = False
 
     def __str__(self) -> str:
         return self.text

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -16,9 +17,9 @@ from deploy.local.demo import DEFAULT_MODEL, NANO, of_drawn_pictures, of_picture
 from deploy.local.display import showing_progress
 from deploy.local.stack import LocalStack, StackError, StackOptions
 from internvl_client.cli import INSTALL_HINT, CommandFailure
-from internvl_client.cli_commands import AddressOption, ChatSession
+from internvl_client.cli_gateway import AddressOption, open_client
 from internvl_client.cli_output import open_console
-from internvl_client.client import Client
+from internvl_client.cli_session import ChatSession
 from internvl_client.running import RunningSystem, announce, find_running, withdraw
 from internvl_client.types import GenerationConfig
 
@@ -30,6 +31,23 @@ _DEVICE_HELP: Final = (
     "auto, cpu, cuda or cuda:N; or GPUs that share the language model's layers, as in cuda:0,cuda:1: "
     "the vision tower is on the first."
 )
+_USUAL_HTTP: Final = ("127.0.0.1", 8000)  # where clients of such servers look first
+_HTTP_HELP: Final = (
+    "Where the gateway answers HTTP, which is OpenAI's API; empty: nowhere. "
+    "Default: 127.0.0.1:8000, or a free port where that is taken."
+)
+_UP_EXAMPLES: Final = """Examples:
+
+  internvl up --model /models/InternVL3-1B
+
+  internvl up --model /models/InternVL3-8B --device cuda:0,cuda:1 --listen 127.0.0.1:0
+"""
+_DEMO_EXAMPLES: Final = """Examples:
+
+  internvl demo
+
+  internvl demo --image cat.jpg
+"""
 DeviceOption = Annotated[str, typer.Option(help=_DEVICE_HELP)]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: float32 on a CPU, bfloat16 on a GPU.")
@@ -41,8 +59,8 @@ LogsOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(up)
-    app.command()(demo)
+    app.command(epilog=_UP_EXAMPLES)(up)
+    app.command(epilog=_DEMO_EXAMPLES)(demo)
 
 
 def up(
@@ -55,16 +73,29 @@ def up(
         typer.Option(exists=True, file_okay=False, help="Checkpoint of a critic (VisualPRM) that ranks candidates."),
     ] = None,
     logs: LogsOption = None,
+    http_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help=_HTTP_HELP),
+    ] = None,
 ) -> None:
     """Run the whole system here, for any checkpoint, until Ctrl-C.
 
     Whatever else the services can be told goes through their environment variables: VISION_*, LLM_*, GATEWAY_*.
     """
     console = open_console()
-    options = StackOptions(model.resolve(), listen, device, dtype, logs, critic=critic.resolve() if critic else None)
+    options = StackOptions(
+        model.resolve(),
+        listen,
+        device,
+        dtype,
+        logs,
+        critic=critic.resolve() if critic else None,
+        http_listen=_usual_http_listen() if http_listen is None else http_listen,
+        metrics=True,
+    )
     try:
         with _interrupted_by_signals(), _running(console, options) as system:
-            note = RunningSystem(system.address, str(options.model), os.getpid())
+            note = RunningSystem(system.address, str(options.model), os.getpid(), system.metrics)
             with _announced(note):
                 _show_system(console, system)
                 system.wait()
@@ -98,7 +129,7 @@ def demo(
             target = stack.enter_context(_running(console, StackOptions(directory))).address
         if directory == DEFAULT_MODEL != NANO:
             console.print("This model is tiny and its weights are random: expect nonsense. What counts is the way.")
-        client = stack.enter_context(Client(target))
+        client = stack.enter_context(open_client(target))
         dialogues = of_picture(image) if image else of_drawn_pictures(answered=directory == NANO)
         show(console, client, ChatSession(console, _DEMO_CONFIG), dialogues)
 
@@ -151,11 +182,22 @@ def _interrupted_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _usual_http_listen() -> str:
+    """Return where HTTP is answered if nobody says where."""
+    host, port = _USUAL_HTTP
+    try:
+        with socket.create_server(_USUAL_HTTP):
+            return f"{host}:{port}"
+    except OSError:
+        return f"{host}:0"
+
+
 def _show_system(console: Console, system: LocalStack) -> None:
     sizes = {name: process.memory_bytes >> 20 for name, process in system.processes.items()}
     model = system.model
     facts = {
         "gateway": system.address,
+        "openai": f"http://{system.http_address}/v1" if system.http_address else "off",
         "model": model.name if model else "unknown",
         "device": f"{model.device}, {model.dtype}" if model else "unknown",
         "memory": f"{sum(sizes.values())} MiB ({', '.join(f'{name} {size}' for name, size in sizes.items())})",
@@ -163,4 +205,5 @@ def _show_system(console: Console, system: LocalStack) -> None:
     }
     for label, text in facts.items():
         console.print(f"  {label:<8} {text}")
-    console.print('Ask it:  internvl chat --image FILE "What is in the picture?"\nCtrl-C ends it.')
+    console.print('Ask it:    internvl chat --image FILE "What is in the picture?"')
+    console.print("Watch it:  internvl top\nCtrl-C ends it.")

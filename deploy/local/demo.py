@@ -8,9 +8,9 @@ from typing import Final
 
 from rich.console import Console
 
-from internvl_client.cli_commands import ChatSession
+from internvl_client.cli_session import ChatSession
 from internvl_client.client import Client
-from internvl_client.content import Part
+from internvl_client.content import Image, Part
 
 _REPOSITORY: Final = Path(__file__).parents[2]
 NANO: Final = _REPOSITORY / "examples/nano/internvl-nano"
@@ -69,6 +69,10 @@ def show(console: Console, client: Client, session: ChatSession, dialogues: list
         console.print(f"\n[{', '.join(picture.name for picture in dialogue.pictures)}]", style="bold")
         conversation = client.create_conversation()
         lead = list(dialogue.lead(session))
+        if console.is_terminal:
+            for picture in lead:
+                if isinstance(picture, Image):
+                    session.show_medium(picture)
         for number, question in enumerate(dialogue.questions):
             console.print(f"> {question}", style="bold")
             answer = session.ask(conversation, *(lead if number == 0 else ()), question)

@@ -30,8 +30,11 @@ class Service:
         self.name = name
         self._module, self._flags, self._environment, self._directory = module, tuple(flags), environment, directory
         self._address_file = directory / f"{name}.address"
+        self._health_file = directory / f"{name}-health.address"
         self._ready = False
-        command = [sys.executable, "-m", module, *flags, "--address-file", str(self._address_file)]
+        # Asked apart from the service's own port, which may want TLS and keys.
+        health = ["--health-listen", "127.0.0.1:0", "--health-address-file", str(self._health_file)]
+        command = [sys.executable, "-m", module, *flags, *health, "--address-file", str(self._address_file)]
         self.process = ChildProcess(name, command, environment, directory / f"{name}.log")
 
     def again(self) -> Self:
@@ -39,7 +42,8 @@ class Service:
         address = self.address
         assert address is not None
         self.process.kill()
-        self._address_file.unlink()
+        for file in (self._address_file, self._health_file):
+            file.unlink()
         flags = list(self._flags)
         flags[flags.index("--listen") + 1] = address
         return type(self)(self.name, self._module, flags, self._environment, self._directory)
@@ -47,15 +51,12 @@ class Service:
     @property
     def address(self) -> str | None:
         """Where it listens; None until it does."""
-        with suppress(FileNotFoundError):
-            return self._address_file.read_text()
-        return None
+        return _read(self._address_file)
 
     def is_ready(self) -> bool:
         """Return whether it has said that it serves."""
-        address = self.address
-        if not self._ready and address is not None:
-            self._ready = _says_ready(address)
+        if not self._ready and (health := _read(self._health_file)):
+            self._ready = _says_ready(health)
         return self._ready
 
     def loaded_model(self) -> LoadedModel | None:
@@ -79,6 +80,12 @@ class Service:
                 event = json.loads(line)
                 events += [event] if isinstance(event, dict) else []
         return events
+
+
+def _read(file: Path) -> str | None:
+    with suppress(FileNotFoundError):
+        return file.read_text()
+    return None
 
 
 def _devices(event: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from typing import NoReturn, Self
 
 from deploy.local.process import ChildProcess
 from deploy.local.service import LoadedModel, Service
-from deploy.local.valkey import LocalValkey, ValkeyError
+from deploy.local.valkey import CACHE, CONVERSATIONS, Keeping, LocalValkey, ValkeyError
 
 _POLL_S = 0.1
 _VISION_NICE = 10  # only a tower on a CPU gives way
@@ -37,6 +38,9 @@ class StackOptions:
     `device` may name several GPUs, as in cuda:0,cuda:1: they share the language model's layers, and the vision tower is
     on the first.
 
+    `http_listen` is where the gateway answers HTTP; empty: nowhere. `metrics` has every service show its metrics, on a
+    free port where its variable does not say on which.
+
     `critic` is the checkpoint of a critic that ranks candidates; it gets a vision and an LLM service of its own.
     Anything else that a service can be told goes through its environment variables (`VISION_*`, `LLM_*`, `GATEWAY_*`).
     """
@@ -49,6 +53,8 @@ class StackOptions:
     start_timeout_s: float = 900.0
     drain_grace_s: float = 5.0
     critic: Path | None = None
+    http_listen: str = "127.0.0.1:0"
+    metrics: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +125,23 @@ class LocalStack:
         return address
 
     @property
+    def http_address(self) -> str:
+        """Where the gateway answers HTTP; empty: nowhere."""
+        return self._http_address_file.read_text() if self._options.http_listen else ""
+
+    @property
+    def _http_address_file(self) -> Path:
+        return self.directory / "gateway-http.address"
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Where services answer `GET /metrics`, by their names; only those that do."""
+        files = {part.name: self._metrics_file(part.name) for part in self._parts if part.service}
+        return {name: file.read_text() for name, file in files.items() if file.exists()}
+
+    @property
     def processes(self) -> dict[str, ChildProcess]:
-        """The processes by name: valkey, vision, llm, gateway, and critic-vision and critic-llm of a critic."""
+        """The processes by name: valkey, valkey-conversations, vision, llm, gateway, critic-vision, critic-llm."""
         return {part.name: part.process for part in self._parts}
 
     @property
@@ -178,11 +199,7 @@ class LocalStack:
 
     def _start(self, report: Report) -> None:
         deadline = time.monotonic() + self._options.start_timeout_s
-        try:
-            valkey = LocalValkey(self.directory)
-        except ValkeyError as error:
-            raise self._failure(str(error)) from None
-        self._parts.append(_Part("valkey", valkey.process))
+        valkey, conversations = self._valkey(CACHE), self._valkey(CONVERSATIONS)
         key = secrets.token_hex(32)
         models = {"": self._options.model} | ({"critic-": self._options.critic} if self._options.critic else {})
         stages = {
@@ -193,10 +210,22 @@ class LocalStack:
         # The gateway only has to know where the stages listen; it waits for their models by itself.
         self._wait_until(lambda states: all(stage.address for stage in stages.values()), report, deadline)
         flags = ["--listen", self._options.listen]
+        if self._options.http_listen:
+            flags += ["--http-listen", self._options.http_listen]
+            flags += ["--http-address-file", str(self._http_address_file)]
+        stores = {"GATEWAY_REDIS_URL": conversations.url(0), "GATEWAY_MEDIA_REDIS_URL": valkey.url(1)}
         for name, stage in stages.items():
             flags += [f"--{name}-target", str(stage.address)]
-        self._add("gateway", "gateway", flags, {"GATEWAY_REDIS_URL": valkey.url(1)})
+        self._add("gateway", "gateway", flags, stores)
         self._wait_until(lambda states: all(state.state == "ready" for state in states), report, deadline)
+
+    def _valkey(self, keeping: Keeping) -> LocalValkey:
+        try:
+            valkey = LocalValkey(self.directory, keeping)
+        except ValkeyError as error:
+            raise self._failure(str(error)) from None
+        self._parts.append(_Part(keeping.name, valkey.process))
+        return valkey
 
     def _stage(self, prefix: str, stage: str, model: Path, valkey: LocalValkey, key: str) -> Service:
         # Secrets go by environment: flags can be read by every user of the machine.
@@ -208,9 +237,15 @@ class LocalStack:
 
     def _add(self, name: str, module: str, flags: list[str], environment: dict[str, str]) -> Service:
         flags += ["--drain-grace-s", str(self._options.drain_grace_s), "--log-format", "json"]
+        flags += ["--metrics-address-file", str(self._metrics_file(name))]
+        if self._options.metrics and f"{module.removesuffix('_service').upper()}_METRICS_LISTEN" not in os.environ:
+            flags += ["--metrics-listen", "127.0.0.1:0"]
         service = Service(name, module, flags, environment, self.directory)
         self._parts.append(_Part(name, service.process, service))
         return service
+
+    def _metrics_file(self, name: str) -> Path:
+        return self.directory / f"{name}-metrics.address"
 
     def _wait_until(self, condition: Callable[[Sequence[PartState]], bool], report: Report, deadline: float) -> None:
         while True:

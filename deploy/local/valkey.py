@@ -1,8 +1,9 @@
 """A Valkey server for one machine: a free loopback port, a password, nothing on disk.
 
-One instance holds both the embeddings (database 0) and the conversations and media (database 1), which in production
-are two: conversations must not be evicted. Here eviction is by least recent use among keys that expire. A refused write
-would be worse than a forgotten picture, and conversations are small and recently used, so embeddings go first.
+There are two. One keeps what can be made or sent again: embeddings (database 0) and the bytes of media (database 1).
+When it is full it forgets what was used longest ago; a refused write would be worse than a forgotten picture. The other
+keeps conversations and batches, which are small and cannot be had again: it forgets nothing, and refuses when it is
+full.
 """
 
 import secrets
@@ -10,7 +11,9 @@ import shutil
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from deploy.local.process import ChildProcess
 
@@ -22,8 +25,8 @@ protected-mode yes
 daemonize no
 save ""
 appendonly no
-maxmemory 1gb
-maxmemory-policy volatile-lru
+maxmemory {max_memory}
+maxmemory-policy {policy}
 maxmemory-samples 10
 dir {directory}
 """
@@ -35,17 +38,37 @@ class ValkeyError(Exception):
     """Valkey could not be started; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What a server is called, how much it keeps, and what it does when that is full."""
+
+    name: str
+    max_memory: str
+    policy: str
+
+
+CACHE: Final = Keeping("valkey", "1gb", "volatile-lru")
+CONVERSATIONS: Final = Keeping("valkey-conversations", "256mb", "noeviction")
+
+
 class LocalValkey:
     """A running server."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, keeping: Keeping = CACHE) -> None:
         """Start the server and wait until it answers; raise `ValkeyError`."""
         self._password = secrets.token_hex(16)
         binary = _binary()
         for _ in range(_ATTEMPTS):
             self.port = _free_port()
-            config = _CONFIG.format(port=self.port, password=self._password, directory=directory)
-            self.process = ChildProcess("valkey", [binary, "-"], {}, directory / "valkey.log", said=config)
+            config = _CONFIG.format(
+                port=self.port,
+                password=self._password,
+                directory=directory,
+                max_memory=keeping.max_memory,
+                policy=keeping.policy,
+            )
+            log_file = directory / f"{keeping.name}.log"
+            self.process = ChildProcess(keeping.name, [binary, "-"], {}, log_file, said=config)
             answers = False
             try:
                 answers = self._answers()

@@ -1,6 +1,7 @@
 """A gateway that does what a test says, over real gRPC on a port of its own."""
 
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from internvl_serving.common.v1 import embedding_pb2, generation_pb2
 from internvl_serving.gateway.v1 import (
@@ -23,6 +25,8 @@ from internvl_serving.gateway.v1 import (
     conversation_service_pb2_grpc,
     media_service_pb2,
     media_service_pb2_grpc,
+    system_service_pb2,
+    system_service_pb2_grpc,
 )
 
 Responses = Iterator[chat_service_pb2.ChatResponse]
@@ -33,6 +37,8 @@ class FakeGateway(
     conversation_service_pb2_grpc.ConversationServiceServicer,
     media_service_pb2_grpc.MediaServiceServicer,
     batch_service_pb2_grpc.BatchServiceServicer,
+    system_service_pb2_grpc.SystemServiceServicer,
+    health_pb2_grpc.HealthServicer,
 ):
     """Holds media by digest, refuses chats that name others, and answers the rest with `answer`.
 
@@ -59,7 +65,11 @@ class FakeGateway(
         self.estimates: list[media_service_pb2.EstimateRequest] = []
         self.header_bytes = 0
         self.deleted: list[str] = []
+        self.readiness = health_pb2.HealthCheckResponse.SERVING
+        self.status = system_service_pb2.GetStatusResponse()
         self.conversations: dict[str, conversation_service_pb2.CreateConversationRequest] = {}
+        self.forks: list[conversation_service_pb2.ForkConversationRequest] = []
+        self._numbers = itertools.count()
         self.answer: Callable[[chat_service_pb2.ChatRequest, grpc.ServicerContext], Responses] = (
             lambda request, context: answer_of("It ", "is a cat.")
         )
@@ -114,7 +124,7 @@ class FakeGateway(
         return media_service_pb2.DeleteMediumResponse(embedding_count=2)
 
     def CreateConversation(self, request: Any, context: Any) -> conversation_service_pb2.CreateConversationResponse:
-        identity = f"c{len(self.conversations)}"
+        identity = f"c{next(self._numbers)}"
         self.conversations[identity] = request
         return conversation_service_pb2.CreateConversationResponse(conversation=self._conversation(identity))
 
@@ -124,6 +134,20 @@ class FakeGateway(
             refuse(context, grpc.StatusCode.NOT_FOUND, "CONVERSATION_NOT_FOUND", missing)
         conversation = self._conversation(request.conversation_id)
         return conversation_service_pb2.GetConversationResponse(conversation=conversation)
+
+    def ListConversations(self, request: Any, context: Any) -> conversation_service_pb2.ListConversationsResponse:
+        """Those that were made, the last one first, `page_size` at a time."""
+        start = int(request.page_token or 0)
+        end = min(len(self.conversations), start + request.page_size)
+        made = [self._conversation(identity) for identity in list(self.conversations)[::-1][start:end]]
+        token = str(end) if end < len(self.conversations) else ""
+        return conversation_service_pb2.ListConversationsResponse(conversations=made, next_page_token=token)
+
+    def ForkConversation(self, request: Any, context: Any) -> conversation_service_pb2.ForkConversationResponse:
+        self.forks.append(request)
+        identity = f"c{next(self._numbers)}"
+        self.conversations[identity] = self.conversations[request.conversation_id]
+        return conversation_service_pb2.ForkConversationResponse(conversation=self._conversation(identity))
 
     def ListMessages(self, request: Any, context: Any) -> conversation_service_pb2.ListMessagesResponse:
         """Three messages, `page_size` at a time."""
@@ -163,6 +187,12 @@ class FakeGateway(
         if count is not None:
             refuse(context, grpc.StatusCode.UNAVAILABLE, "NOT_READY")
 
+    def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:
+        return health_pb2.HealthCheckResponse(status=self.readiness)
+
+    def GetStatus(self, request: Any, context: Any) -> system_service_pb2.GetStatusResponse:
+        return self.status
+
     def _prefetched(self, index: int, medium: content_pb2.Media) -> media_service_pb2.PrefetchResponse:
         digest = medium.digest or hashlib.sha256(medium.inline).hexdigest()
         if medium.digest and medium.digest not in self.media:
@@ -201,6 +231,8 @@ def serving(gateway: FakeGateway) -> Iterator[FakeGateway]:
     conversation_service_pb2_grpc.add_ConversationServiceServicer_to_server(gateway, server)
     media_service_pb2_grpc.add_MediaServiceServicer_to_server(gateway, server)
     batch_service_pb2_grpc.add_BatchServiceServicer_to_server(gateway, server)
+    system_service_pb2_grpc.add_SystemServiceServicer_to_server(gateway, server)
+    health_pb2_grpc.add_HealthServicer_to_server(gateway, server)
     server.start()
     try:
         yield gateway

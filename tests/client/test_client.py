@@ -24,12 +24,14 @@ from internvl_client import (
     InvalidRequestError,
     Message,
     NotFoundError,
+    NotPermittedError,
     OverloadedError,
     RankingMethod,
     Role,
     ServerError,
     Started,
     Tool,
+    UnauthenticatedError,
     UnavailableError,
     Video,
 )
@@ -228,6 +230,22 @@ def test_a_picture_that_stays_lost_is_an_error_after_one_more_try(gateway: FakeG
             None,
         ),
         (grpc.StatusCode.INTERNAL, "INTERNAL", error_details_pb2.QuotaFailure(), ServerError, None, None),
+        (
+            grpc.StatusCode.UNAUTHENTICATED,
+            "API_KEY_INVALID",
+            error_details_pb2.QuotaFailure(),
+            UnauthenticatedError,
+            None,
+            None,
+        ),
+        (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "NOT_PERMITTED",
+            error_details_pb2.QuotaFailure(),
+            NotPermittedError,
+            None,
+            None,
+        ),
     ],
 )
 def test_a_status_becomes_the_error_it_stands_for(

@@ -13,7 +13,7 @@ from redis import Redis
 from deploy.local import LocalStack, StackError, StackOptions
 from deploy.local.process import ChildProcess
 from deploy.local.stack import device_flags
-from deploy.local.valkey import LocalValkey
+from deploy.local.valkey import CONVERSATIONS, LocalValkey
 from llm_service.settings import LlmSettings
 from vision_service.settings import VisionSettings
 
@@ -91,6 +91,15 @@ def test_a_child_dies_with_a_starter_that_is_killed(tmp_path: Path) -> None:
         assert is_running(pid)
         starter.kill()
     assert until(lambda: not is_running(pid))
+
+
+def test_conversations_are_in_a_valkey_that_forgets_nothing(tmp_path: Path) -> None:
+    valkey = LocalValkey(tmp_path, CONVERSATIONS)
+    try:
+        with Redis.from_url(valkey.url(0)) as redis:
+            assert redis.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+    finally:
+        valkey.process.stop(5)
 
 
 def test_valkey_keeps_its_password_and_nothing_on_disk(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The `internvl` command as people run it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image as Picture
 
 from tests.e2e.golden_cases import checkpoint_directory
 from tests.golden_cases import CHECKPOINTS, GOLDEN
@@ -35,7 +37,15 @@ def internvl(environment: dict[str, str], *arguments: str | Path, said: str = ""
 @contextmanager
 def up(environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """`internvl up`, once it says that it is ready."""
-    arguments = ["up", "--model", checkpoint_directory(CHECKPOINTS[0]), "--listen", "127.0.0.1:0"]
+    arguments = [
+        "up",
+        "--model",
+        checkpoint_directory(CHECKPOINTS[0]),
+        "--listen",
+        "127.0.0.1:0",
+        "--http-listen",
+        "127.0.0.1:0",
+    ]
     process = subprocess.Popen([INTERNVL, *arguments], env=environment, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
@@ -88,6 +98,36 @@ def test_up_then_chat_then_ctrl_c_leaves_nothing(environment: dict[str, str], tm
         assert system.wait(30) == 0
         assert gone(parts)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_running_system_is_examined_watched_and_asked_in_batches(environment: dict[str, str], tmp_path: Path) -> None:
+    with up(environment):
+        doctor = internvl(environment, "doctor", "--json")
+        levels = {finding["subject"]: finding["level"] for finding in json.loads(doctor.stdout)}
+        assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+        assert {"gateway", "vision", "llm", "models", "conversations", "llm: embeddings", "clocks"} <= levels.keys()
+        assert (levels["vision"], levels["llm"], levels["models"], levels["versions"]) == ("ok",) * 4
+
+        drawn = tmp_path / "tiles.png"
+        tiles = internvl(environment, "tiles", PICTURE, "--output", drawn)
+        assert (tiles.returncode, tiles.stderr) == (0, "")
+        assert Picture.open(drawn).format == "PNG"
+
+        questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+        lines = [{"id": f"q{number}", "image": str(PICTURE), "question": f"{number}?"} for number in range(3)]
+        questions.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, {"id": "lost", "image": "no.png"}]))
+        first = internvl(environment, "batch", questions, answers, "--max-output-tokens", "4")
+        assert first.returncode == 1
+        assert "3 answered, 1 failed" in first.stdout
+        second = internvl(environment, "batch", questions, answers, "--retry-failed")
+        assert "0 answered, 1 failed, 3 had a result before" in second.stdout
+        results = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert sorted(result["id"] for result in results) == ["lost", "lost", "q0", "q1", "q2"]
+        assert all(result["usage"]["visual_tokens"] for result in results if "usage" in result)
+
+        top = internvl(environment, "top")
+        assert (top.returncode, top.stderr) == (0, "")
+        assert "3 (100%)" in top.stdout
 
 
 def test_demo_starts_what_it_needs_and_shows_a_hit_on_the_second_turn(

@@ -15,6 +15,7 @@ from tests.e2e.golden_cases import checkpoint_directory, golden_image
 from tests.golden_cases import CHECKPOINTS
 
 pytestmark = pytest.mark.e2e
+STORES = ("valkey", "valkey-conversations")
 LANDSCAPE, PORTRAIT = golden_image("rgb_landscape.png", 4), golden_image("rgb_portrait.png", 6)
 
 
@@ -29,7 +30,8 @@ def test_losing_valkey_in_the_middle_changes_no_answer(client: Client, doomed: L
         kept = bereft.create_conversation()
         with bereft.stream(LANDSCAPE, "Tell a story.", **long) as stream:  # type: ignore[arg-type]
             next(stream)
-            doomed.processes["valkey"].kill()
+            for name in STORES:
+                doomed.processes[name].kill()
             assert stream.answer().token_ids == expected.token_ids
         for image in (LANDSCAPE, PORTRAIT, PORTRAIT):
             assert ask(bereft, image, "What now?") == ask(client, image, "What now?")
@@ -39,11 +41,13 @@ def test_losing_valkey_in_the_middle_changes_no_answer(client: Client, doomed: L
 
 
 def test_a_frozen_valkey_changes_no_answer(client: Client, doomed: LocalStack) -> None:
-    os.kill(doomed.processes["valkey"].pid, signal.SIGSTOP)
+    for name in STORES:
+        os.kill(doomed.processes[name].pid, signal.SIGSTOP)
     with Client(doomed.address, timeout_s=60) as bereft:
         for image in (LANDSCAPE, LANDSCAPE, PORTRAIT):
             assert ask(bereft, image, "What now?") == ask(client, image, "What now?")
-    doomed.processes["valkey"].kill()  # it would not hear that it is to stop
+    for name in STORES:
+        doomed.processes[name].kill()  # it would not hear that it is to stop
 
 
 def test_cancelling_frees_the_sequence(doomed: LocalStack) -> None:

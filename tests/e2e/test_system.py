@@ -212,7 +212,7 @@ def assert_serving(client: Client) -> None:
     assert answer.token_ids == (466, 466, 466, 482)
 
 
-@pytest.mark.parametrize("program", ["quickstart.py", "async_client.py"])
+@pytest.mark.parametrize("program", ["quickstart.py", "async_client.py", "conversation.py"])
 def test_the_examples_run(stack: LocalStack, program: str) -> None:
     ended = subprocess.run(
         [sys.executable, EXAMPLES / program, stack.address, PICTURE], capture_output=True, text=True, timeout=60
