@@ -1,6 +1,6 @@
 """Runs a service the way a container does and asks for its health: `python contained.py MODULE FLAG...`.
 
-To be started in namespaces of its own, where nothing can be written but /tmp and there is no network but loopback.
+To be started in namespaces of its own, where nothing but temporary files can be written and loopback is all there is.
 Prints one JSON line: what the service answered, whether the root could be written to, and how it left.
 """
 
@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 def main() -> int:
-    address_file = Path("/tmp/health")
+    address_file = Path(tempfile.gettempdir()) / "health"
     command = [sys.executable, "-m", *sys.argv[1:], "--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"]
     process = subprocess.Popen([*command, "--health-address-file", str(address_file)], stdout=sys.stderr)
     while process.poll() is None and not address_file.exists():

@@ -24,7 +24,7 @@ FLAGS = {
     "vision": ["--model", str(TINY)],
     "llm": ["--model", str(TINY), "--kv-cache-bytes", str(16 << 20)],
 }
-# Everything read-only but /tmp, no network but loopback, no capability, nobody's user.
+# Everything read-only but a place for temporary files, no network but loopback, no capability, nobody's user.
 # Python itself may live in root's home, where nobody else may look: it is mounted where it was, without the rest.
 CONTAINED = """
 set -e
@@ -39,7 +39,7 @@ if ! setpriv --reuid 10001 --regid 10001 --clear-groups test -r "$base/bin"; the
   mount --move /mnt "$base"
 fi
 mount -o remount,bind,ro /
-mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=1777 tmpfs /mnt
 exec setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs --bounding-set=-all "$@"
 """
 needs_namespaces = pytest.mark.skipif(
@@ -122,7 +122,8 @@ def contained(python: Path, name: str, environment: dict[str, str]) -> Any:
     done = subprocess.run(
         ["unshare", "--net", "--mount", "sh", "-c", CONTAINED, "sh", sys.base_prefix, *command],
         cwd="/",
-        env=environment | {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment
+        | {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": "/mnt"},
         capture_output=True,
         text=True,
         timeout=300,

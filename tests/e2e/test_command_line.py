@@ -93,7 +93,7 @@ def test_up_then_chat_then_ctrl_c_leaves_nothing(environment: dict[str, str], tm
                 *[(False, True)] * (len(turns) - 1),
             ]
         parts = children(system)
-        assert len(parts) == 4
+        assert len(parts) == 5
         system.send_signal(signal.SIGINT)
         assert system.wait(30) == 0
         assert gone(parts)
