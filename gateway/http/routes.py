@@ -49,6 +49,8 @@ _STREAMED: Final = {
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
     "model": answers.ChatCompletion,
 }
+# What an upload's fields, which are gRPC's, are called here; a body of bytes has none.
+_UPLOAD_PARAMS: Final[dict[str | None, str | None]] = {"header.digest": "digest", "chunk": None}
 _BYTES: Final = {
     "requestBody": {
         "required": True,
@@ -147,7 +149,11 @@ class Routes:
 
     async def upload_medium(self, digest: str, request: Request) -> Response:
         """Keep the bytes that are the request's body, if they are those of the digest."""
-        stored = await self._library.upload(checked_digest(digest, "digest"), request.stream())
+        try:
+            stored = await self._library.upload(checked_digest(digest, "digest"), request.stream())
+        except InvalidRequest as error:
+            error.field = _UPLOAD_PARAMS.get(error.field, error.field)
+            raise
         return JSONResponse(
             {
                 "url": digest_url(stored.digest),
