@@ -19,6 +19,7 @@ from shared.rpc.deadline import remaining_s
 Refusal: TypeAlias = Literal["full", "hopeless", "displaced", "waited"]
 _SHORTEST_PAUSE_S: Final = 0.05  # of a turn in the background whose tenant has used up a budget
 _CERTAIN: Final = 2.0
+_BACKGROUND_EVERY: Final = 10  # places that become free while a turn in the background waits: the last is for it
 _WORDS: Final[Mapping[Refusal, str]] = {
     "full": "Too many turns wait already; try again later.",
     "hopeless": "So many turns wait already that this one would not begin in time; try again later.",
@@ -29,12 +30,16 @@ _WORDS: Final[Mapping[Refusal, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """Turns that run at once in this gateway, turns that wait for that, how long, and with how many bytes of media."""
+    """Turns that run at once in this gateway, turns that wait for that, how long, and with how many bytes of media.
+
+    `background` of those that run may be in the background, and never more than half.
+    """
 
     running: int = 256
     waiting: int = 1024
     wait_s: float = 30.0
     waiting_bytes: int = 256 << 20
+    background: int = 8
 
 
 class Place:
@@ -70,8 +75,8 @@ class Admission:
 
     Whoever waits does so before any work is done for it. Nobody is left to wait in vain: a turn is refused at once
     where the queue has no room, or moves too slowly for the turn's deadline. A full queue sends its last away where the
-    newcomer's tenant has asked for less. Turns in the background wait instead of being refused, go after all others
-    and hold half of the places at most.
+    newcomer's tenant has asked for less. Turns in the background wait instead of being refused, and hold half of the
+    places at most. They go after all others, but for a small share that is theirs however many others wait.
     """
 
     def __init__(
@@ -89,8 +94,9 @@ class Admission:
         self._sleep = sleep
         self._scales = Scales()
         self._queue, self._background = FairQueue[_Waiting](), FairQueue[_Waiting]()
-        self._most_background = max(1, self._limits.running // 2)
+        self._most_background = max(1, min(self._limits.background, self._limits.running // 2))
         self._num_running = self._num_background = self._waiting_bytes = 0
+        self._num_passed = 0  # interactive turns let in, one after the other, past a turn in the background
 
     @asynccontextmanager
     async def turn(self, request: ChatRequest) -> AsyncIterator[Place]:
@@ -211,13 +217,25 @@ class Admission:
         """Give a place back, to whoever is next."""
         self._num_running -= 1
         self._num_background -= in_background
-        for queue, is_background in ((self._queue, False), (self._background, True)):
-            while queue and self._has_place(in_background=is_background):
-                turn = queue.pop().turn
-                if not turn.done():
-                    self._hold(in_background=is_background)
-                    turn.set_result(None)
+        while (background_is_next := self._background_is_next()) is not None:
+            self._let_in(background_is_next)
         self._shed()
+
+    def _background_is_next(self) -> bool | None:
+        """Return whether the next place is for a turn in the background; None: nobody who waits may have one."""
+        is_interactive_in = bool(self._queue) and self._has_place(in_background=False)
+        is_background_in = bool(self._background) and self._has_place(in_background=True)
+        if is_interactive_in and is_background_in:
+            return self._num_passed >= _BACKGROUND_EVERY - 1
+        return is_background_in if is_interactive_in or is_background_in else None
+
+    def _let_in(self, in_background: bool) -> None:
+        """Give a place to the first of a queue, unless it has just left."""
+        turn = (self._background if in_background else self._queue).pop().turn
+        if not turn.done():
+            self._hold(in_background=in_background)
+            self._num_passed = 0 if in_background or not self._background else self._num_passed + 1
+            turn.set_result(None)
 
     def _shed(self) -> None:
         """Send turns at the queue's end away who have waited in vain: it turns out to move far too slowly for them.

@@ -10,10 +10,12 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 
 from gateway.batch_store import Batch, BatchState, BatchStore, HeldBatch
+from gateway.caller import current_caller
 from gateway.conversations import MAX_TTL_S
 from gateway.events import ChatEvent, ChatRequest, Delta, Finished, Started
 from gateway.media import MediaLibrary
@@ -33,7 +35,10 @@ _MAX_REQUEST_ID_CHARS = 128
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """What batches may ask for: items and their bytes each, items asked at a time and batches at work in a gateway."""
+    """What batches may ask for: items and their bytes each, a tenant's items at a time, and batches in a gateway.
+
+    How many items of all tenants run at once is for what answers them to say.
+    """
 
     items: int = 1000
     item_bytes: int = 4 << 20
@@ -101,7 +106,8 @@ class Batches:
         self._poll_s = poll_s
         self._patience_s = patience_s
         self._rest_s = rest_s
-        self._room = asyncio.Semaphore(limits.concurrency)
+        # One for each tenant that has a batch: its items may wait for its budget, and then hold up no other's.
+        self._rooms = WeakValueDictionary[str, asyncio.Semaphore]()
         self._running: dict[str, _Run] = {}
         self._places_promised = 0  # to batches that are being written down or taken over
         self._resting: dict[str, float] = {}  # until when batches are left alone, in the loop's time
@@ -237,10 +243,11 @@ class Batches:
 
     async def _work(self, held: HeldBatch) -> None:
         try:
+            room = self._rooms.setdefault(current_caller().tenant, asyncio.Semaphore(self._limits.concurrency))
             waiting = iter(await self._reaching(held.waiting))
             async with asyncio.TaskGroup() as group:
                 for _ in range(held.record.concurrency):
-                    group.create_task(self._worker(held, waiting))
+                    group.create_task(self._worker(held, waiting, room))
         except* _HoldLost:
             log.info("batch_hold_lost", batch=_log_name(held.batch_id))
         except* ServiceError as errors:
@@ -250,9 +257,9 @@ class Batches:
         else:
             log.info("batch_finished", batch=_log_name(held.batch_id), items=held.record.item_count)
 
-    async def _worker(self, held: HeldBatch, waiting: Iterator[int]) -> None:
+    async def _worker(self, held: HeldBatch, waiting: Iterator[int], room: asyncio.Semaphore) -> None:
         for index in waiting:
-            async with self._room:
+            async with room:
                 await self._settle(held, index)
 
     async def _settle(self, held: HeldBatch, index: int) -> None:

@@ -145,7 +145,11 @@ class GatewaySettings(ServiceSettings, StageTlsSettings):
     )
     max_batch_items: int = Field(1000, ge=1, description="most items of one batch")
     max_batch_bytes: int = Field(4 << 20, ge=1, description="most bytes of one batch's items, media apart")
-    max_batch_concurrency: int = Field(8, ge=1, description="most items of batches that this gateway asks at once")
+    max_batch_concurrency: int = Field(
+        8,
+        ge=1,
+        description="most items of batches that this gateway asks at once: of all tenants, who share that fairly",
+    )
     max_running_batches: int = Field(64, ge=1, description="most batches that this gateway works on")
     batch_ttl_s: int = Field(86_400, ge=1, description="seconds that a batch outlives its last result")
     batch_lease_s: float = Field(
@@ -153,6 +157,9 @@ class GatewaySettings(ServiceSettings, StageTlsSettings):
     )
     http_listen: OptionalAddress = Field(
         "", description="host:port to answer HTTP on: OpenAI's API and the page; port 0 takes a free one; empty: none"
+    )
+    http_port_fallback: bool = Field(
+        False, description="take a free port of that host where the port of http_listen is taken, and do not fail"
     )
     http_address_file: Path | None = Field(None, description="file to write the host:port of HTTP to")
     http_max_connections: int = Field(4096, ge=1, description="most HTTP connections, idle ones included")
@@ -225,6 +232,7 @@ class GatewaySettings(ServiceSettings, StageTlsSettings):
             waiting=self.max_waiting_turns,
             wait_s=self.max_wait_s,
             waiting_bytes=self.max_waiting_bytes,
+            background=self.max_batch_concurrency,
         )
 
     @property

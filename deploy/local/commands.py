@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -31,7 +30,7 @@ _DEVICE_HELP: Final = (
     "auto, cpu, cuda or cuda:N; or GPUs that share the language model's layers, as in cuda:0,cuda:1: "
     "the vision tower is on the first."
 )
-_USUAL_HTTP: Final = ("127.0.0.1", 8000)  # where clients of such servers look first
+_USUAL_HTTP: Final = "127.0.0.1:8000"  # where clients of such servers look first
 _HTTP_HELP: Final = (
     "Where the gateway answers HTTP, which is OpenAI's API; empty: nowhere. "
     "Default: 127.0.0.1:8000, or a free port where that is taken."
@@ -90,7 +89,8 @@ def up(
         dtype,
         logs,
         critic=critic.resolve() if critic else None,
-        http_listen=_usual_http_listen() if http_listen is None else http_listen,
+        http_listen=_USUAL_HTTP if http_listen is None else http_listen,
+        http_port_fallback=http_listen is None,
         metrics=True,
     )
     try:
@@ -180,16 +180,6 @@ def _interrupted_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _usual_http_listen() -> str:
-    """Return where HTTP is answered if nobody says where."""
-    host, port = _USUAL_HTTP
-    try:
-        with socket.create_server(_USUAL_HTTP):
-            return f"{host}:{port}"
-    except OSError:
-        return f"{host}:0"
 
 
 def _show_system(console: Console, system: LocalStack) -> None:

@@ -38,7 +38,8 @@ class StackOptions:
     `device` may name several GPUs, as in cuda:0,cuda:1: they share the language model's layers, and the vision tower is
     on the first.
 
-    `http_listen` is where the gateway answers HTTP; empty: nowhere. `metrics` has every service show its metrics, on a
+    `http_listen` is where the gateway answers HTTP; empty: nowhere. With `http_port_fallback` a free port does as well,
+    where that one is taken when the gateway begins to listen. `metrics` has every service show its metrics, on a
     free port where its variable does not say on which.
 
     `critic` is the checkpoint of a critic that ranks candidates; it gets a vision and an LLM service of its own.
@@ -54,6 +55,7 @@ class StackOptions:
     drain_grace_s: float = 5.0
     critic: Path | None = None
     http_listen: str = "127.0.0.1:0"
+    http_port_fallback: bool = False
     metrics: bool = False
 
 
@@ -210,9 +212,7 @@ class LocalStack:
         # The gateway only has to know where the stages listen; it waits for their models by itself.
         self._wait_until(lambda states: all(stage.address for stage in stages.values()), report, deadline)
         flags = ["--listen", self._options.listen]
-        if self._options.http_listen:
-            flags += ["--http-listen", self._options.http_listen]
-            flags += ["--http-address-file", str(self._http_address_file)]
+        flags += http_flags(self._options, self._http_address_file)
         stores = {"GATEWAY_REDIS_URL": conversations.url(0), "GATEWAY_MEDIA_REDIS_URL": valkey.url(1)}
         for name, stage in stages.items():
             flags += [f"--{name}-target", str(stage.address)]
@@ -278,6 +278,14 @@ def device_flags(stage: str, device: str) -> list[str]:
     if stage == "vision":
         return ["--device", device.partition(",")[0], "--cpu-nice", str(_VISION_NICE)]
     return ["--device", device, "--vit-shares-first-device"]
+
+
+def http_flags(options: StackOptions, address_file: Path) -> list[str]:
+    """Return what tells the gateway where it answers HTTP."""
+    if not options.http_listen:
+        return []
+    fallback = ["--http-port-fallback"] if options.http_port_fallback else []
+    return ["--http-listen", options.http_listen, *fallback, "--http-address-file", str(address_file)]
 
 
 def _ending(exit_code: int) -> str:

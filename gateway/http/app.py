@@ -79,7 +79,11 @@ def http_edge(settings: GatewaySettings, parts: Parts) -> Edge:
         settings.client_stall_s,
     )
     options = HttpOptions(
-        settings.http_listen, settings.http_address_file, settings.http_max_connections, settings.server_tls
+        settings.http_listen,
+        settings.http_address_file,
+        settings.http_max_connections,
+        settings.server_tls,
+        settings.http_port_fallback,
     )
 
     def edge(calls: CallRegistry, metrics: CallMetrics) -> AbstractAsyncContextManager[str]:

@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn on the event loop of the service, which keeps its signals, its drain and its log."""
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
@@ -30,18 +31,22 @@ _RENEW_EVERY_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class HttpOptions:
-    """Where HTTP is answered: `listen` is a host:port; `tls` None: in plaintext. `address_file` gets what was bound."""
+    """Where HTTP is answered: `listen` is a host:port; `tls` None: in plaintext. `address_file` gets what was bound.
+
+    `port_fallback`: on a free port of that host where the port is taken.
+    """
 
     listen: str
     address_file: Path | None = None
     max_connections: int = 4096
     tls: TlsFiles | None = None
+    port_fallback: bool = False
 
 
 @asynccontextmanager
 async def answering(app: ASGIApp, options: HttpOptions) -> AsyncIterator[str]:
     """Answer HTTP while the context lasts; yield the host:port. Raises `OSError` where it cannot listen there."""
-    listener, address = _bound(options.listen)
+    listener, address = _bound(options)
     config = uvicorn.Config(
         app,
         http=_Connection,
@@ -171,13 +176,21 @@ def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
         context.verify_mode = ssl.CERT_REQUIRED
 
 
-def _bound(listen: str) -> tuple[socket.socket, str]:
-    host, _, port = listen.rpartition(":")
-    bare = host.strip("[]")
+def _bound(options: HttpOptions) -> tuple[socket.socket, str]:
+    host, _, port = options.listen.rpartition(":")
     try:
-        family = socket.getaddrinfo(bare, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        listener = socket.create_server((bare, int(port)), family=family, backlog=_BACKLOG)
+        listener = _listener(host.strip("[]"), int(port), or_another=options.port_fallback)
     except OSError as error:
-        raise OSError(f"cannot listen on {listen} ({error.strerror}); choose another --http-listen.") from None
+        raise OSError(f"cannot listen on {options.listen} ({error.strerror}); choose another --http-listen.") from None
     listener.setblocking(False)
     return listener, f"{host}:{listener.getsockname()[1]}"
+
+
+def _listener(host: str, port: int, *, or_another: bool) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if not or_another or error.errno != errno.EADDRINUSE:
+            raise
+        return socket.create_server((host, 0), family=family, backlog=_BACKLOG)

@@ -1,20 +1,26 @@
 """Child processes and the local Valkey: started, stopped, and gone with whoever started them."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
+from urllib.request import urlopen
 
 import pytest
 from redis import Redis
 
 from deploy.local import LocalStack, StackError, StackOptions
 from deploy.local.process import ChildProcess
-from deploy.local.stack import device_flags
+from deploy.local.service import Service
+from deploy.local.stack import Report, device_flags, http_flags
 from deploy.local.valkey import CONVERSATIONS, LocalValkey
 from llm_service.settings import LlmSettings
+from tests.client.command_line import run
 from vision_service.settings import VisionSettings
 
 PYTHON = sys.executable
@@ -116,6 +122,81 @@ def test_valkey_keeps_its_password_and_nothing_on_disk(tmp_path: Path) -> None:
     finally:
         valkey.process.stop(5)
     assert [path.name for path in tmp_path.iterdir()] == ["valkey.log"]
+
+
+@contextmanager
+def gateways(tmp_path: Path, listen: str, count: int, *, port_fallback: bool) -> Iterator[list[tuple[Service, Path]]]:
+    """Gateways without stages, which begin together, and the files that get where they answer HTTP."""
+    options = StackOptions(tmp_path, http_listen=listen, http_port_fallback=port_fallback)
+    stages = ["--vision-target", "127.0.0.1:1", "--llm-target", "127.0.0.1:1", "--listen", "127.0.0.1:0"]
+    made = []
+    try:
+        for index in range(count):
+            file = tmp_path / f"{index}-http.address"
+            flags = [*stages, *http_flags(options, file)]
+            made.append((Service(f"gateway-{index}", "gateway", flags, {}, tmp_path), file))
+        yield made
+    finally:
+        for service, _ in made:
+            service.process.kill()
+
+
+def answers_http(address: str) -> bool:
+    with urlopen(f"http://{address}/health/live", timeout=20) as answer:
+        return bool(answer.status == 200)
+
+
+def test_systems_that_begin_together_share_no_http_port_and_all_run(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        listen = f"127.0.0.1:{found.getsockname()[1]}"
+    with gateways(tmp_path, listen, 2, port_fallback=True) as made:
+        assert until(lambda: all(service.address for service, _ in made))  # said after HTTP has begun
+        addresses = [file.read_text() for _, file in made]
+        assert len(set(addresses)) == 2
+        assert listen in addresses
+        assert all(map(answers_http, addresses))
+
+
+def test_an_http_port_that_was_asked_for_and_is_taken_ends_the_gateway(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        with gateways(tmp_path, listen, 1, port_fallback=False) as [(service, _)]:
+            assert service.process.wait(20) == 1
+            assert f"cannot listen on {listen}" in service.process.last_lines()[-1]
+            assert service.process.last_lines()[-1].endswith("choose another --http-listen.")
+
+
+class UnstartedStack(LocalStack):
+    """Starts nothing, and says what it was to start."""
+
+    asked: ClassVar[list[StackOptions]] = []
+
+    def start(self, report: Report = lambda states: None) -> None:
+        self.asked.append(self._options)
+        raise StackError("enough")
+
+
+@pytest.mark.parametrize(
+    ("given", "listen", "port_fallback"),
+    [
+        ([], "127.0.0.1:8000", True),
+        (["--http-listen", "127.0.0.1:8000"], "127.0.0.1:8000", False),
+        (["--http-listen", ""], "", False),
+    ],
+)
+def test_only_the_usual_http_port_is_a_mere_preference(
+    given: list[str],
+    listen: str,
+    port_fallback: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deploy.local.commands.LocalStack", UnstartedStack)
+    code, _ = run(capsys, monkeypatch, "up", "--model", tmp_path, "--logs", tmp_path, *given)
+    assert "enough" in code
+    options = UnstartedStack.asked.pop()
+    assert (options.http_listen, options.http_port_fallback) == (listen, port_fallback)
 
 
 def test_a_stack_that_cannot_start_stops_what_it_has_started(tmp_path: Path) -> None:

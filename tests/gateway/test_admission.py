@@ -26,6 +26,7 @@ from gateway.keys import TenantLimits
 from gateway.metrics import AdmissionMetrics
 from gateway.queueing import Pace
 from gateway.ranking import Ranking
+from gateway.settings import GatewaySettings
 from shared.digest import digest_of
 from shared.errors import InvalidRequest, MediaNotFound, PromptTooLong, QueueFull, RateLimited, VisionUnavailable
 from shared.prometheus import PrometheusRegistry
@@ -247,6 +248,59 @@ async def test_interactive_turns_go_before_the_background() -> None:
         assert (late[0].place is not None, background[0].place) == (True, None)
         await late[0].end()
         assert background[0].place is not None
+
+
+async def one_after_the_other(admission: Admission, waiting: list[Turn], first: Turn) -> list[Turn]:
+    """End whoever runs until nobody waits; return the turns in the order in which they were let in."""
+    order, current = [], first
+    while True:
+        await current.end()
+        inside = [turn for turn in waiting if turn.place is not None and not turn.task.done()]
+        if not inside:
+            return order
+        (current,) = inside
+        order.append(current)
+
+
+async def test_the_background_has_a_share_of_the_places_however_many_others_wait() -> None:
+    admission = Admission(AdmissionLimits(running=1), pace=Pace(1, Clock()))
+    (first,) = await turns(1, admission)
+    background = await turns(3, admission, IN_BACKGROUND)
+    late = await turns(25, admission)
+    async with emptied(admission, background, late):
+        order = await one_after_the_other(admission, [*background, *late], first)
+        assert [order.index(turn) for turn in background] == [9, 19, 27]
+
+
+async def test_others_do_not_wait_for_a_share_that_the_background_does_not_ask_for() -> None:
+    admission = Admission(AdmissionLimits(running=1), pace=Pace(1, Clock()))
+    (first,) = await turns(1, admission)
+    early = await turns(15, admission)  # past nobody
+    for turn in early[:12]:
+        await first.end()
+        first = turn
+    background = await turns(1, admission, IN_BACKGROUND)
+    late = await turns(12, admission)
+    async with emptied(admission, early, background, late):
+        order = await one_after_the_other(admission, [*early[12:], *background, *late], first)
+        assert order.index(background[0]) == 9
+
+
+async def test_the_share_of_the_background_is_no_more_than_may_run() -> None:
+    admission = Admission(AdmissionLimits(running=4, background=1), pace=Pace(4, Clock()))
+    background = await turns(3, admission, IN_BACKGROUND)
+    made = await turns(40, admission)
+    async with emptied(admission, background, made):
+        for turn in made[:30]:
+            await turn.end()
+            assert (running(background), running(made)) == (1, 3)
+        await background[0].end()
+        assert (background[1].place is not None, background[2].place) == (True, None)
+
+
+def test_items_of_batches_run_as_far_as_the_settings_say() -> None:
+    settings = GatewaySettings(vision_target="a:1", llm_target="b:1", max_batch_concurrency=3)
+    assert settings.admission_limits.background == settings.batch_limits.concurrency == 3
 
 
 async def test_the_background_leaves_half_of_the_places_to_those_who_wait_for_words() -> None:

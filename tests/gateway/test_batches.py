@@ -1,17 +1,22 @@
 """Batches over a real store, with scripted answers."""
 
 import asyncio
+import gc
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from gateway.admission import Admission, AdmissionLimits
 from gateway.batch_store import Batch, BatchState, BatchStore
 from gateway.batches import Batches, BatchLimits, ItemAnswer, ItemFormat, NewBatch
+from gateway.budgets import Budgets
+from gateway.caller import Caller, admit
 from gateway.events import (
     Candidate,
     CandidateResult,
@@ -23,6 +28,7 @@ from gateway.events import (
     FinishReason,
     Generated,
 )
+from gateway.keys import TenantLimits
 from gateway.media import LocalMediaCache, MediaLibrary, RedisMediaStore
 from shared.digest import digest_of
 from shared.errors import (
@@ -74,6 +80,21 @@ class FakeChat:
             raise
         finally:
             self.running -= 1
+
+
+class AdmittedChat(FakeChat):
+    """Answers behind an admission: `background` items at once; of tenant `poor` one a minute."""
+
+    def __init__(self, background: int) -> None:
+        super().__init__()
+        limits = {"poor": TenantLimits(requests_per_minute=1)}
+        budgets = Budgets(lambda tenant: limits.get(tenant, TenantLimits()))
+        self.admission = Admission(AdmissionLimits(background=background), budgets)
+
+    async def answer(self, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
+        async with self.admission.turn(request), aclosing(super().answer(request)) as events:
+            async for event in events:
+                yield event
 
 
 class JsonFormat:
@@ -207,6 +228,68 @@ async def test_all_batches_of_a_gateway_share_its_room(make: Make) -> None:
     for batch in made:
         assert len(await results_of(batches, batch)) == 8
     assert chat.most_running == 2
+
+
+async def created_by(tenant: str, batches: Batches, *words: str) -> Batch:
+    admit(Caller(tenant))
+    return await batches.create(questions(*words))
+
+
+async def test_a_tenant_whose_budget_is_empty_holds_up_no_batch_of_another(make: Make) -> None:
+    chat = AdmittedChat(background=2)
+    batches = make(chat, concurrency=2)
+    waiting = [await created_by("poor", batches, *"abcd") for _ in range(3)]
+    await until(lambda: len(chat.asked) == 1)  # and the others have to wait for minutes
+    for tenant in ("rich", "other"):
+        batch = await created_by(tenant, batches, *"wxyz")
+        async with asyncio.timeout(20):
+            assert len(await results_of(batches, batch)) == 4
+    admit(Caller("poor"))
+    found = [await batches.get(batch.batch_id) for batch in waiting]
+    assert [batch.state for batch in found] == [BatchState.RUNNING] * 3
+    assert sum(batch.succeeded_count for batch in found) == 1
+
+
+async def test_batches_of_all_tenants_share_what_a_gateway_asks_at_once(make: Make) -> None:
+    chat = AdmittedChat(background=3)
+    chat.hold = asyncio.Event()
+    batches = make(chat, concurrency=3)
+    made = {tenant: await created_by(tenant, batches, *map(str, range(8))) for tenant in ("a", "b", "c")}
+    await until(lambda: len(chat.admission._background) == 6)  # and of each tenant no more than its room wait
+    assert chat.running == 3
+    chat.hold.set()
+    for tenant, batch in made.items():
+        admit(Caller(tenant))
+        assert len(await results_of(batches, batch)) == 8
+    assert chat.most_running == 3
+
+
+async def test_one_item_does_not_wait_for_all_those_of_a_tenant_that_asks_for_much(make: Make) -> None:
+    chat = AdmittedChat(background=1)
+    chat.hold = asyncio.Event()
+    batches = make(chat, concurrency=4)
+    for _ in range(3):
+        await created_by("many", batches, *"abcdefgh")
+    await until(lambda: len(chat.admission._background) == 3)
+    one = await created_by("one", batches, "x")
+    await until(lambda: len(chat.admission._background) == 4)
+    chat.hold.set()
+    assert await results_of(batches, one) == [(0, "X")]
+    assert chat.asked.index("x") <= 2
+
+
+async def test_nothing_is_remembered_of_a_tenant_whose_batches_have_ended(make: Make) -> None:
+    chat = AdmittedChat(background=2)
+    chat.hold = asyncio.Event()
+    batches = make(chat)
+    batch = await created_by("rich", batches, *"abc")
+    await until(lambda: chat.running == 2)
+    assert list(batches._rooms) == ["rich"]
+    chat.hold.set()
+    await results_of(batches, batch)
+    await until(lambda: not batches._tasks)
+    gc.collect()
+    assert list(batches._rooms) == []
 
 
 async def test_a_batch_goes_on_without_its_caller(make: Make) -> None:

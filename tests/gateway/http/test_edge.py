@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,6 +309,24 @@ async def test_a_taken_port_is_one_clear_error() -> None:
         with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:\d+ .*choose another --http-listen"):
             async with answering(lambda *_: None, HttpOptions(edge.address)):  # type: ignore[arg-type,return-value]
                 pass
+
+
+async def test_a_port_that_is_only_a_preference_gives_way_to_a_free_one(tmp_path: Path) -> None:
+    async with edge_over(gateway_without_redis()) as edge:
+        file = tmp_path / "address"
+        options = HttpOptions(edge.address, file, port_fallback=True)
+        async with answering(lambda *_: None, options) as address:  # type: ignore[arg-type,return-value]
+            assert address != edge.address
+            assert file.read_text() == address
+        assert (await edge.chat("Hi")).status_code == 200
+    async with answering(lambda *_: None, options) as address:  # type: ignore[arg-type,return-value]
+        assert address == edge.address  # now it is free
+
+
+async def test_a_host_that_is_not_ours_is_an_error_with_a_preferred_port_too() -> None:
+    with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1:8000 "):  # of nobody, by RFC 5737
+        async with answering(lambda *_: None, HttpOptions("192.0.2.1:8000", port_fallback=True)):  # type: ignore[arg-type,return-value]
+            pass
 
 
 def _no_keys() -> Any:
