@@ -8,6 +8,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 _WIDTH, _HEIGHT, _COLUMNS = 8, 7, 3
+_FAILED = '{code!~"OK|CANCELLED|NOT_FOUND"}'
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
@@ -64,12 +65,8 @@ OVERVIEW = (
     Panel(
         "Calls that failed",
         "reqps",
-        (
-            (
-                'sum by (rpc, code) (rate(internvl_rpc_finished_total{code!~"OK|CANCELLED"}[$__rate_interval]))',
-                "{{rpc}} {{code}}",
-            ),
-        ),
+        ((f"sum by (rpc, code) (rate(internvl_rpc_finished_total{_FAILED}[$__rate_interval]))", "{{rpc}} {{code}}"),),
+        "What is not found is how a cache says no.",
     ),
     Panel("Event loop lag", "s", _quantiles("internvl_event_loop_lag_seconds", "job")),
 )
