@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import json
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from deploy.grafana.dashboards import DASHBOARDS, Panel
+from deploy.local.ports import free_port
 
 _WIDTH: Final = 420
 _HEIGHT: Final = 230
@@ -102,8 +102,7 @@ def _amount(value: float, unit: str) -> str:
 
 
 def _prometheus(targets: Sequence[str], folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     jobs = [{"job_name": "internvl", "scrape_interval": "1s", "static_configs": [{"targets": list(targets)}]}]
     config = folder / "prometheus.yml"
     config.write_text(yaml.safe_dump({"scrape_configs": jobs}))

@@ -1,7 +1,6 @@
 """A peer that is one HTTP server: a child process with a log, on a free port, which is asked whether it answers."""
 
 import shutil
-import socket
 import tempfile
 import time
 import urllib.error
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.peers.peer import PeerError, Report
+from deploy.local.ports import free_port
 from deploy.local.process import ChildProcess
 from internvl_client.bench import Target
 
@@ -127,11 +127,3 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except (OSError, urllib.error.URLError):
         return False
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -17,7 +17,7 @@ from gateway.keys import hash_of, new_key
 
 _NAMESPACE = "internvl"
 # What the services ask of their stores, and no more: no scripts, no configuration, no keys of others.
-_CONNECTING = "+hello +auth +ping +select +client|setinfo +client|setname"
+_CONNECTING = "+hello +auth +ping +select +client|setinfo +client|setname +info"
 _TALKING = "+subscribe +unsubscribe +publish"
 _HOLDING = "+watch +unwatch +multi +exec +discard"
 _EMBEDDING_COMMANDS = (
@@ -28,7 +28,7 @@ _CONVERSATION_COMMANDS = (
     f"{_CONNECTING} {_TALKING} {_HOLDING} "
     "+get +mget +set +exists +del +unlink +expire +pexpire +pttl "
     "+hget +hmget +hgetall +hset +hkeys +hlen +hexists +hincrby +hdel +rpush +lrange +llen "
-    "+zadd +zrem +zrange +zrevrange +zcard +zscore +zremrangebyscore +zremrangebyrank +config|get +info"
+    "+zadd +zrem +zrange +zrevrange +zcard +zscore +zremrangebyscore +zremrangebyrank"
 )
 
 

