@@ -1,7 +1,5 @@
 """Who asks: the tenant that a call belongs to, known wherever the call is worked on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -51,13 +49,3 @@ def admit(caller: Caller) -> None:
     _current.set(caller)
     if caller.tenant:
         structlog.contextvars.bind_contextvars(tenant=caller.tenant, key_name=caller.key_name)
-
-
-@contextmanager
-def acting_for(caller: Caller) -> Iterator[None]:
-    """Work for somebody who does not wait, such as the owner of a batch. For one task, without `yield` to another."""
-    token = _current.set(caller)
-    try:
-        yield
-    finally:
-        _current.reset(token)

@@ -77,6 +77,11 @@ async def read_store(info: Callable[[str], Awaitable[Mapping[str, Any]]]) -> Sto
     except (RedisError, OSError, TimeoutError, ValueError) as error:
         log.warning("store_status_failed", error=type(error).__name__)
         return StoreStatus(is_reachable=False)
+    return store_of(memory)
+
+
+def store_of(memory: Mapping[str, Any]) -> StoreStatus:
+    """Return how a store is that says this of its memory."""
     policy, used, most = (memory.get(name) for name in ("maxmemory_policy", "used_memory", "maxmemory"))
     return StoreStatus(True, str(policy or ""), _count(used), _count(most))
 

@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 from redis.asyncio import Redis
 
-from gateway.caller import Caller, acting_for
+from gateway.caller import Caller
 from gateway.conversation_index import ConversationIndex
 from gateway.conversations import ConversationStore
 from gateway.eviction import warn_of_eviction
 from shared.errors import ConversationNotFound, InvalidRequest, NotPermitted, StoreUnavailable
+from tests.gateway.acting import acting_for
 from tests.gateway.fakes_gateway import Gateway, ask, assistant, gateway_on, redis_of, user
 
 ACME, OTHER = Caller("acme", "key-1"), Caller("other", "key-2")

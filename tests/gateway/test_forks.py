@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from gateway.caller import Caller, acting_for
+from gateway.caller import Caller
 from gateway.content import Message, Role, TextPart, ToolCall
 from gateway.forks import Forks
 from shared.digest import digest_of
 from shared.errors import ConversationNotFound, InvalidRequest, MessageNotFound
+from tests.gateway.acting import acting_for
 from tests.gateway.fakes_gateway import CAT, Gateway, answer_of, ask, gateway_on, inline, user
 
 

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from gateway.batch_store import BatchState, BatchStore
 from gateway.batches import Batches, BatchLimits
-from gateway.caller import ANYBODY, Caller, acting_for, current_caller
+from gateway.caller import ANYBODY, Caller, current_caller
 from gateway.content import Medium
 from gateway.dialogue import PlacedMedium
 from gateway.encoder import MediaEncoder
@@ -19,6 +19,7 @@ from gateway.prompt import Prompt
 from gateway.stage_messages import encode_header, erase_request, generate_request
 from shared.digest import digest_of
 from shared.errors import BatchNotFound, MediaNotFound, StoreUnavailable, VisionUnavailable
+from tests.gateway.acting import acting_for
 from tests.gateway.fakes_gateway import CAT, DOG, FakeVision, MemoryMediaStore
 from tests.gateway.test_batches import FakeChat, JsonFormat, questions, results_of, until
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.caller import Caller, acting_for
+from gateway.caller import Caller
 from gateway.content import MediaPart, Medium, PreprocessOptions, VideoOptions
 from gateway.events import CacheTier, GenerationConfig
 from gateway.weight import Scales, encoded_tiles
 from shared.digest import digest_of
+from tests.gateway.acting import acting_for
 from tests.gateway.fakes_gateway import CAT, DOG, ask, by_digest, embedded, inline, user
 
 ANSWER = GenerationConfig(max_output_tokens=10)
