@@ -10,7 +10,7 @@ from typing import Final, Self
 
 import grpc
 
-from internvl_client.channel import CHANNEL_OPTIONS
+from internvl_client.channel import BLOCKING_OPTIONS, CHANNEL_OPTIONS
 
 _KEY: Final = re.compile(r"[!-~]{1,1024}")
 _SCHEME: Final = re.compile(r"^(dns:(//[^/]*)?/?/?|ipv4:|ipv6:|passthrough:(///)?)")
@@ -89,9 +89,10 @@ class Access:
 
     def channel(self, address: str) -> grpc.Channel:
         """Return a blocking channel."""
+        options = (*self.options, *BLOCKING_OPTIONS)
         if self.credentials is None:
-            return grpc.insecure_channel(address, options=self.options)
-        return grpc.secure_channel(address, self.credentials, options=self.options)
+            return grpc.insecure_channel(address, options=options)
+        return grpc.secure_channel(address, self.credentials, options=options)
 
     def aio_channel(self, address: str) -> grpc.aio.Channel:
         """Return an asyncio channel."""

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Final, TypedDict
 
+from grpc.experimental import ChannelOptions
+
 MAX_MESSAGE_BYTES: Final = 8 << 20
 SHORT_CALL_S: Final = 60.0  # for calls that are answered at once, or not at all
 REQUEST_ID_KEY: Final = "x-request-id"
@@ -45,6 +47,10 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, str | int], ...]] = (
     ("grpc.min_reconnect_backoff_ms", 5_000),  # what making a connection may take, whatever its name says
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+
+# Streams are read by the thread that iterates them. By default another thread reads all streams of a channel, and a
+# Ctrl-C at a bad moment of the iterating one ends it (grpcio 1.85): every later call would wait for ever.
+BLOCKING_OPTIONS: Final = ((ChannelOptions.SingleThreadedUnaryStream, 1),)
 
 
 class CallOptions(TypedDict):
