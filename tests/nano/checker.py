@@ -14,7 +14,7 @@ def expected(situation: Situation, dialogue: Dialogue) -> str | None:
     """Return the right answer to the last question, or None where this checker does not know the kind."""
     kind, questions = dialogue[-1].kind, [turn.question.splitlines()[-1] for turn in dialogue]
     scenes = [medium.scene for medium in situation.media]
-    if kind is Kind.COMPARE:
+    if kind in (Kind.COMPARE, Kind.COMPARE_THREE):
         return compared(scenes, questions[-1])
     if kind is Kind.FOLLOW_UP:
         return followed_up(scenes, dialogue)

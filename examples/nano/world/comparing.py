@@ -31,7 +31,7 @@ def which_shows(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None:
         colour, shape = pick(rng, ((thing.colour, None), (None, thing.shape), (thing.colour, thing.shape)))
         one = a(called(rng, colour, shape))
         alone = sum(bool(other.find(colour, shape)) for other in scenes) == 1
-    return _turn(rng, wording.WHICH_SHOWS, image(index), one=one) if alone else None
+    return _turn(rng, scenes, wording.WHICH_SHOWS, image(index), one=one) if alone else None
 
 
 def which_has_more(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None:
@@ -42,7 +42,7 @@ def which_has_more(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None
     if any(scene.writing for scene in scenes) or counts.count(best) != 1:
         return None
     more = ("more", "fewer") if len(scenes) == 2 else ("the most", "the fewest")
-    return _turn(rng, wording.WHICH_MORE, image(counts.index(best)), more=more[0 if many else 1])
+    return _turn(rng, scenes, wording.WHICH_MORE, image(counts.index(best)), more=more[0 if many else 1])
 
 
 def same(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None:
@@ -51,9 +51,9 @@ def same(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None:
         return None
     one, other = scenes[0].things[0], scenes[1].things[0]
     if chance(rng, 0.5):
-        return _turn(rng, wording.SAME, "yes" if one.shape == other.shape else "no", what="shape")
+        return _turn(rng, scenes, wording.SAME, "yes" if one.shape == other.shape else "no", what="shape")
     what = pick(rng, ("colour", "color"))
-    return _turn(rng, wording.SAME, "yes" if one.colour == other.colour else "no", what=what)
+    return _turn(rng, scenes, wording.SAME, "yes" if one.colour == other.colour else "no", what=what)
 
 
 def about_one(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None:
@@ -61,15 +61,15 @@ def about_one(rng: Rng, scenes: Scenes, config: WorldConfig) -> Turn | None:
     index = int(rng.integers(len(scenes)))
     scene, here = scenes[index], f" in {image(index)}?"
     if scene.writing:
-        return _turn(rng, _ended(_NUMBER_IN, here), scene.writing.text)
+        return _turn(rng, scenes, _ended(_NUMBER_IN, here), scene.writing.text)
     if scene.count() == 1 and chance(rng, 0.4):
-        return _turn(rng, _ended(_OBJECT_IN, here), a(scene.things[0].name))
+        return _turn(rng, scenes, _ended(_OBJECT_IN, here), a(scene.things[0].name))
     if chance(rng, 0.3):
-        return _turn(rng, _ended(_COUNT_IN, here), str(scene.count()), them=wording.things(rng))
+        return _turn(rng, scenes, _ended(_COUNT_IN, here), str(scene.count()), them=wording.things(rng))
     thing = pick(rng, scene.things)
     if scene.count(shape=thing.shape) != 1:
         return None
-    return _turn(rng, _ended(_COLOUR_IN, here), thing.colour, shape=thing.shape)
+    return _turn(rng, scenes, _ended(_COLOUR_IN, here), thing.colour, shape=thing.shape)
 
 
 def image(index: int) -> str:
@@ -81,8 +81,9 @@ def _ended(wordings: Wordings, end: str) -> Wordings:
     return tuple(start + end for start in wordings)
 
 
-def _turn(rng: Rng, wordings: Wordings, answer: str, **slots: str) -> Turn:
-    return Turn((ask(rng, wordings, **slots),), answer, Kind.COMPARE)
+def _turn(rng: Rng, scenes: Scenes, wordings: Wordings, answer: str, **slots: str) -> Turn:
+    kind = Kind.COMPARE if len(scenes) == 2 else Kind.COMPARE_THREE
+    return Turn((ask(rng, wordings, **slots),), answer, kind)
 
 
 MAKERS: tuple[tuple[ComparingMaker, float], ...] = (

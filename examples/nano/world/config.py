@@ -10,14 +10,14 @@ from examples.nano.world.vocabulary import COLOURS, SHAPES, WORDS
 class SituationWeights:
     """How often each sort of situation comes up, relative to the others."""
 
-    shapes: float = 0.34
-    number: float = 0.15
-    word: float = 0.04
-    chart: float = 0.03
+    shapes: float = 0.32
+    number: float = 0.13
+    word: float = 0.03
+    chart: float = 0.02
     nothing: float = 0.01
-    compare: float = 0.20
-    clip: float = 0.19
-    other_picture: float = 0.04
+    compare: float = 0.31
+    clip: float = 0.15
+    other_picture: float = 0.03
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     WORD = "word"
     CHART = "chart"
     COMPARE = "compare"
+    COMPARE_THREE = "compare three"
     DIRECTION = "direction"
     CHANGE = "change"
     FRAME = "frame"

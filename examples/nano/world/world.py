@@ -79,7 +79,7 @@ def _nothing(rng: Rng, config: WorldConfig) -> Situation:
 
 
 def _compare(rng: Rng, config: WorldConfig) -> Situation:
-    number = 2 if chance(rng, 0.65) else 3
+    number = 2 if chance(rng, 0.8) else 3
     combined = chance(rng, 0.25)
     scenes = _compared_scenes(rng, config, number, large_share=0.0 if number == 3 or combined else 0.25)
     media = tuple(Medium(scene, 1 if combined or chance(rng, 0.3) else None) for scene in scenes)
@@ -150,7 +150,7 @@ def _of_one_picture(
 def _compared_scenes(rng: Rng, config: WorldConfig, number: int, *, large_share: float) -> list[Scene]:
     """Return scenes worth comparing: all numbers, or all things, often alike in part."""
     canvases = [compose.canvas(rng, config, large_share=large_share) for _ in range(number)]
-    if config.max_digits and chance(rng, 0.2):
+    if config.max_digits and chance(rng, 0.3):
         return [compose.number_scene(rng, config, canvas) for canvas in canvases]
     most = 1 if chance(rng, 0.5) else 3
     few = replace(config, shapes=tuple(shuffled(rng, config.shapes)[:3]), max_things=min(most, config.max_things))
