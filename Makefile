@@ -71,7 +71,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch on its own first: it is by far the largest, and its version decides what the rest may be.
-$(LOCAL): pyproject.toml constraints.txt | $(BIN)/python
+$(LOCAL): pyproject.toml constraints.txt hatch_build.py $(wildcard shared/native/*.[ch] shared/native/build.py) | $(BIN)/python
 	@echo "==> Installing torch (the largest part; some minutes on a slow line)"
 	@$(PIP) torch==2.13.0
 	@echo "==> Installing the project and what it needs to run"

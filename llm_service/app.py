@@ -123,6 +123,7 @@ class LoadedModel:
             device=",".join(dict.fromkeys(map(str, self.decoder.layer_devices))),
             dtype=str(self.decoder.dtype),
             quantization=settings.quantization,
+            native_kernels=self.decoder.uses_native_kernels,
             seconds=round(time.monotonic() - started, 2),
         )
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.few_rows import FewRowsMatrix
+
 
 class PackedLinear(nn.Module):
     """A linear layer, with an exact GELU behind it where asked for; it has no matrix until `hold` is called.
@@ -29,19 +31,29 @@ class PackedLinear(nn.Module):
         self._activation = "gelu" if gelu else "none"
         self._matrix: torch.Tensor | None = None
         self._matrix_bytes = 0
+        self._few_rows: FewRowsMatrix | None = None
 
     @property
     def matrix_bytes(self) -> int:
         """Memory of the matrix, which is none of the module's parameters."""
         return self._matrix_bytes
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether products with few rows are the native kernel's."""
+        return self._few_rows is not None
+
     def hold(self, matrix: torch.Tensor) -> None:
         """Take a matrix [outputs, inputs] over; keeps nothing of it but the reordered copy."""
         self._matrix = _operators()._reorder_linear_weight(matrix, self._rows)
         self._matrix_bytes = matrix.nbytes
+        if self._activation == "none":
+            self._few_rows = FewRowsMatrix.of(self._matrix, matrix)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return [..., outputs] for [..., inputs]."""
+        if self._few_rows is not None and self._few_rows.takes(inputs):
+            return self._few_rows.product(inputs, self.bias)
         outputs: torch.Tensor = _operators()._linear_pointwise(
             inputs, self._matrix, self.bias, self._activation, [], "none"
         )
@@ -49,6 +61,8 @@ class PackedLinear(nn.Module):
 
     def added(self, inputs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return the layer's outputs plus `other` of their shape, rounded once. Not for a layer with a GELU."""
+        if self._few_rows is not None and self._few_rows.takes(inputs):
+            return self._few_rows.product(inputs, self.bias, other)
         outputs: torch.Tensor = _operators()._linear_pointwise.binary(inputs, other, self._matrix, self.bias, "add")
         return outputs
 

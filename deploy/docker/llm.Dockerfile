@@ -5,6 +5,8 @@
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
+# Compiles the kernel that decodes on CPUs with matrix units.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 RUN python -m venv /opt/internvl
@@ -13,7 +15,7 @@ COPY constraints.txt ./
 # package index has the build for NVIDIA's GPUs, https://download.pytorch.org/whl/cpu the one for CPUs.
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN /opt/internvl/bin/pip install -c constraints.txt --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY shared shared
 COPY gateway gateway
 COPY vision_service vision_service

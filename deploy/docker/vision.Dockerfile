@@ -13,7 +13,7 @@ COPY constraints.txt ./
 # package index has the build for NVIDIA's GPUs, https://download.pytorch.org/whl/cpu the one for CPUs.
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN /opt/internvl/bin/pip install -c constraints.txt --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY shared shared
 COPY gateway gateway
 COPY vision_service vision_service

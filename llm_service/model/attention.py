@@ -96,6 +96,7 @@ class KVCache:
         self._layers = [CachedLayer.of(blocks.flatten(0, 1)) for blocks in self._blocks]
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.dtype = dtype
 
     @staticmethod
     def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -1,6 +1,7 @@
 """Attention on a CPU, by torch's fused kernel called directly: no copies and no masks where none are needed.
 
 The operator is private to torch, and used nowhere else. `can_attend` says whether it is there and does what it should.
+Single tokens are attended to by a native kernel that reads the paged cache in place, where there is one.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from llm_service.model.attention import BatchLayout, CachedLayer, KVCache, Span
 from llm_service.model.config import DecoderConfig
+from shared.native.library import Function, kernels
 
 # Single tokens of sequences up to so long are attended to together, over a copy of what they know: a call of the kernel
 # costs as much as some hundred known tokens. Longer ones read the cache in place.
@@ -34,7 +36,7 @@ class CpuAttention:
         singles = [span for span in layout.spans if span.count == 1]
         chunks = [span for span in layout.spans if span.count > 1]
         self._parts: list[_Part] = [
-            *(_part_of(group, cache.block_size) for group in _grouped(singles)),
+            *_parts_of(singles, config, cache),
             *(_Chunk(slice(span.start, span.end), _slots_of(span, cache.block_size)) for span in chunks),
         ]
 
@@ -59,6 +61,37 @@ class _Part(Protocol):
 
     def attend(self, queries: torch.Tensor, known: CachedLayer) -> torch.Tensor:
         """Return [rows, heads * head_dim] for as many rows of queries."""
+
+
+class _Native:
+    """Single tokens of any number of sequences, by the native kernel: what they know is read where it lies."""
+
+    def __init__(self, attend: Function, config: DecoderConfig, block_size: int, spans: Sequence[Span]) -> None:
+        self.rows = _rows_of(spans)
+        self._attend = attend
+        self._lengths = np.array([span.length for span in spans], np.int64)
+        counts = [len(span.blocks) for span in spans]
+        self._starts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
+        self._tables = torch.cat([span.blocks for span in spans])
+        self._sizes = (len(spans), block_size, config.num_heads, config.num_kv_heads, config.head_dim)
+        self._scale = config.head_dim**-0.5
+
+    def attend(self, queries: torch.Tensor, known: CachedLayer) -> torch.Tensor:
+        outputs = torch.empty(queries.shape, dtype=queries.dtype)
+        failed = self._attend(
+            queries.data_ptr(),
+            queries.stride(0),
+            known.rows.data_ptr(),
+            self._lengths.ctypes.data,
+            self._starts.ctypes.data,
+            self._tables.data_ptr(),
+            *self._sizes,
+            self._scale,
+            outputs.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("There is no memory for the weights of attention.")
+        return outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +200,21 @@ def _slot_numbers(tables: np.ndarray, length: int, block_size: int) -> np.ndarra
     index = np.arange(length)
     slots: np.ndarray = tables[..., index // block_size] * block_size + index % block_size
     return slots
+
+
+def _parts_of(singles: Sequence[Span], config: DecoderConfig, cache: KVCache) -> list["_Part"]:
+    """Return how single tokens are attended to: all at once by the native kernel, or in groups by torch's."""
+    native = kernels() if can_attend_natively(config, cache) else None
+    if native is None:
+        return [_part_of(group, cache.block_size) for group in _grouped(singles)]
+    in_order = sorted(singles, key=lambda span: span.start)
+    return [_Native(native.attend_to_cache, config, cache.block_size, in_order)] if singles else []
+
+
+def can_attend_natively(config: DecoderConfig, cache: KVCache) -> bool:
+    """Return whether the native kernel takes these shapes; see `decoding.c`."""
+    fits = config.head_dim % 32 == 0 and config.num_heads <= 16 * config.num_kv_heads and cache.block_size % 16 == 0
+    return fits and cache.dtype == torch.bfloat16
 
 
 def _grouped(singles: Sequence[Span]) -> list[list[Span]]:

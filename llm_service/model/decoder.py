@@ -11,28 +11,26 @@ from itertools import chain, groupby
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from llm_service.model.attention import BatchLayout, KVCache, StepAttention
 from llm_service.model.backends import attention_for
 from llm_service.model.config import DecoderConfig
-from llm_service.model.rope import Rope, Rotation, rotate_
+from llm_service.model.rope import Rope, Rotation
+from llm_service.model.row_ops import rms_norm, rotate_, silu_and_multiply
 from shared.packed_linear import PackedLinear, added
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm, computed in float32 and scaled after casting back, as in the reference."""
+    """Root mean square norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self._shape = (size,)
         self._eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension."""
-        # Without the weight: torch would scale before casting back.
-        return functional.rms_norm(hidden, self._shape, None, self._eps).mul_(self.weight)
+        """Return [tokens, size] for [tokens, size]."""
+        return rms_norm(hidden, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -50,7 +48,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Return `hidden` plus what attention makes of `normed`, [tokens, hidden] all three."""
         qkv = self.qkv(normed)
-        rotate_(qkv[:, : self._rotated], rotation)
+        rotate_(qkv[:, : self._rotated], rotation.cos, rotation.sin)
         return added(self.out, step.attend(self._layer, qkv), hidden)
 
 
@@ -64,8 +62,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, normed: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden` plus what the MLP makes of `normed`, [tokens, hidden] all three."""
-        gate, up = self.gate_up(normed).chunk(2, dim=-1)
-        return added(self.down, functional.silu(gate).mul_(up), hidden)
+        return added(self.down, silu_and_multiply(self.gate_up(normed)), hidden)
 
 
 class DecoderLayer(nn.Module):
@@ -120,6 +117,11 @@ class Decoder(nn.Module):
         """Memory of all weights."""
         packed = (module.matrix_bytes for module in self.modules() if isinstance(module, PackedLinear))
         return sum(weight.nbytes for weight in chain(self.parameters(), self.buffers())) + sum(packed)
+
+    @property
+    def uses_native_kernels(self) -> bool:
+        """Whether matrices are multiplied by the kernels that are compiled at installation."""
+        return any(isinstance(module, PackedLinear) and module.has_kernel for module in self.modules())
 
     @property
     def layer_devices(self) -> tuple[torch.device, ...]:

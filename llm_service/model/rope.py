@@ -82,10 +82,3 @@ class Rotation:
     def to(self, device: torch.device) -> "Rotation":
         """Return the rotation on a device."""
         return Rotation(self.cos.to(device), self.sin.to(device))
-
-
-def rotate_(states: torch.Tensor, rotation: Rotation) -> None:
-    """Rotate states [tokens, heads * head_dim] in place."""
-    halves = states.view(len(states), -1, 2, rotation.cos.shape[-1])  # [tokens, heads, 2, head_dim / 2]
-    swapped = halves.flip(2)
-    halves.mul_(rotation.cos).addcmul_(swapped, rotation.sin)

@@ -1,0 +1,1 @@
+"""Kernels in C, and what compiles them. Everything works without them, slower."""
