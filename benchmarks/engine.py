@@ -25,6 +25,7 @@ from benchmarks.command import (
 )
 from benchmarks.contender import Contender, MeasuredRound, start_all
 from benchmarks.engine_report import figures, panels, report, report_starts
+from benchmarks.machine import wait_until_idle
 from benchmarks.peers.peer import PeerError
 from internvl_client.bench import SCENARIOS, Summary, Workload
 from internvl_client.bench.scenarios import DESCRIPTIONS
@@ -62,6 +63,7 @@ def compare(contenders: Sequence[Contender], plan: Plan) -> None:
     for workload in plan.workloads:
         for index in range(plan.rounds):
             for contender in _order(contenders, index):
+                wait_until_idle(pid for each in contenders for pid in each.peer.pids)
                 _tell(workload, index, contender, contender.ask(workload, plan.seed, index))
     cold = plan.cold
     for index in range(plan.cold_rounds):

@@ -14,6 +14,8 @@ from typing import Final
 _PROC: Final = Path("/proc")
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _OWN_AUTOGROUP: Final = _PROC / "self/autogroup"
+_IDLE_WINDOW_S: Final = 0.5
+_IDLE_CORES: Final = 0.1
 _RAISED_BY: Final = 20  # as far as it goes from 0
 
 
@@ -95,6 +97,19 @@ class CpuMeter:
         client = os.times()
         busy_s = parse_busy((_PROC / "stat").read_text())
         return time.perf_counter(), busy_s, watched_s, client.user + client.system
+
+
+def wait_until_idle(roots: Iterable[int], most_s: float = 15.0) -> None:
+    """Return once processes have next to nothing to do, or after `most_s`.
+
+    A server works on for seconds after its answer has come: caches are written, threads wait actively.
+    """
+    pids, deadline = tuple(roots), time.monotonic() + most_s
+    while pids and time.monotonic() < deadline:
+        meter = CpuMeter(pids)
+        time.sleep(_IDLE_WINDOW_S)
+        if meter.read().watched < _IDLE_CORES:
+            return
 
 
 @dataclass(frozen=True, slots=True)

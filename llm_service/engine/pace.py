@@ -5,6 +5,7 @@ from typing import Final
 
 _LEAST_TOKENS: Final = 32  # fewer are hardly faster: the weights have to be read for one as for many
 _SHARE: Final = 0.25  # of a new measurement in the mean
+_PROMPTS_SHARE: Final = 0.5  # of a step's seconds at least: or many streams would leave prompts no time at all
 _LEAST_SLOPE: Final = 0.25  # of what a token takes in all: whatever reading the weights takes, more tokens take longer
 
 
@@ -44,7 +45,8 @@ class Pace:
         limits = self._limits
         room = limits.max_tokens - num_streams
         if self._more_s:
-            seconds = (limits.busy_s if num_streams else limits.idle_s) - self._least_s
+            limit = limits.busy_s if num_streams else limits.idle_s
+            seconds = max(limit - self._least_s, limit * _PROMPTS_SHARE)
             room = min(room, max(_LEAST_TOKENS, int(seconds / self._more_s) - num_streams))
         return room
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import select
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,7 +14,16 @@ import pytest
 from benchmarks import engine, engine_report, running_answers
 from benchmarks.chart import Group, Panel, draw
 from benchmarks.contender import Contender, start_all
-from benchmarks.machine import CpuMeter, ProcessTimes, memory_of, parse_busy, parse_stat, processes, tree
+from benchmarks.machine import (
+    CpuMeter,
+    ProcessTimes,
+    memory_of,
+    parse_busy,
+    parse_stat,
+    processes,
+    tree,
+    wait_until_idle,
+)
 from benchmarks.peers.peer import PeerError, Report
 from internvl_client.bench import SCENARIOS, Spread, Target, TargetError, Workload
 from tests.client.fake_target import Answer, FakeTarget, exchange, refuse
@@ -88,6 +100,30 @@ def test_systems_are_asked_the_same_in_turns() -> None:
     one, other = (peer.target.asked[-3:] for peer in peers)
     assert one == other
     assert contenders[0].summary("one").num_asked == 3
+
+
+_WORKS_A_WHILE = """
+import time
+end = time.process_time() + 1
+while time.process_time() < end:
+    pass
+print("idle", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_that_works_is_waited_for() -> None:
+    with subprocess.Popen([sys.executable, "-c", _WORKS_A_WHILE], stdout=subprocess.PIPE) as busy:
+        try:
+            assert busy.stdout is not None
+            wait_until_idle([busy.pid], most_s=60)
+            assert select.select([busy.stdout], [], [], 0)[0]
+        finally:
+            busy.kill()
+
+
+def test_where_nobody_works_nobody_is_waited_for() -> None:
+    wait_until_idle([], most_s=600)
 
 
 def test_cold_asks_again_about_the_same_picture_after_a_restart() -> None:

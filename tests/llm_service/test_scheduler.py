@@ -81,12 +81,17 @@ def test_what_a_step_takes_at_least_is_left_out_of_the_room_for_prompts() -> Non
 
 
 def test_a_slow_step_of_a_few_tokens_does_not_make_prompts_free() -> None:
-    pace = Pace(StepLimits(1000, busy_s=2.0))
-    pace.note(4, 1.0)
+    pace = Pace(StepLimits(10_000, busy_s=2.0))
+    pace.note(4, 0.5)
     pace.note(100, 0.4)
-    assert pace.room(1) == 999
+    assert pace.room(1) == pytest.approx(1499, abs=1)  # 1.5 s at a quarter of 4 ms
+
+
+def test_half_of_a_step_is_for_prompts_however_long_decoding_takes() -> None:
+    pace = Pace(StepLimits(10_000, busy_s=2.0))
     pace.note(4, 10.0)
-    assert pace.room(1) == 32
+    pace.note(100, 10.4)
+    assert pace.room(1) == pytest.approx(1.0 / 0.026 - 1, abs=1)
 
 
 def test_however_slow_the_machine_prompts_are_read() -> None:
