@@ -6,6 +6,7 @@ what is learned is what is served, while pictures are encoded and read once.
 """
 
 import multiprocessing
+import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -63,8 +64,8 @@ class Batch:
 class Recipe:
     """What batches are made of.
 
-    The first `seeing_steps` are collages without any words, and later every `_COLLAGE_INTERVAL`th is. Of the situations
-    the first `easy_situations` are drawn less and less often from the easy world.
+    The first `seeing_steps` are collages without any words, and later every `_COLLAGE_INTERVAL`th is, up to step
+    `answering_from`. Of the situations the first `easy_situations` are drawn less and less often from the easy world.
     """
 
     directory: Path
@@ -74,6 +75,7 @@ class Recipe:
     easy_situations: int = 0
     seeing_steps: int = 0
     collages_per_batch: int = 48
+    answering_from: int = sys.maxsize
 
     def config_of(self, index: int) -> WorldConfig:
         """Return the world that situation `index` is drawn from."""
@@ -101,9 +103,10 @@ class BatchMaker:
         seeing, later = self.recipe.seeing_steps, step - self.recipe.seeing_steps
         if later < 0:
             return self._collages(step)
-        if seeing and later % _COLLAGE_INTERVAL == _COLLAGE_INTERVAL - 1:
+        mixed = min(later, self.recipe.answering_from - seeing) if seeing else 0  # steps of which some are collages
+        if seeing and step < self.recipe.answering_from and later % _COLLAGE_INTERVAL == _COLLAGE_INTERVAL - 1:
             return self._collages(seeing + later // _COLLAGE_INTERVAL)
-        count, first = self.recipe.situations_per_batch, later - (later // _COLLAGE_INTERVAL if seeing else 0)
+        count, first = self.recipe.situations_per_batch, later - mixed // _COLLAGE_INTERVAL
         indices = range(first * count, (first + 1) * count)
         return self.batch_of([situation(self.recipe.seed, index, self.recipe.config_of(index)) for index in indices])
 

@@ -101,7 +101,10 @@ def _card(training: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
         weak=_weak(measured),
         **{
             name: training[name]
-            for name in ("situations", "answers", "steps", "hours", "machine", "shape", "seeing", "easy")
+            for name in (
+                *("situations", "answers", "steps", "hours", "machine", "shape"),
+                *("seeing", "easy", "answering", "learning_rate"),
+            )
         },
         training_seed=training["seed"],
     )
@@ -160,10 +163,12 @@ something wrong, in the same few words. Its world has no people, so it has learn
 
 {steps:,} steps on {situations:,} situations (pictures with several dialogues about each) with {answers:,} answers. The
 first {seeing:,} steps were on crowded pictures without any words, and so was every fourth step later. All along a layer
-that is not part of the model read from the visual tokens what each patch shows, which only a drawn world can tell. It
-took {hours:.1f} hours on {machine}. Again, from the repository's root:
+that is not part of the model read from the visual tokens what each patch shows, which only a drawn world can tell. In
+the last {answering:,} steps the vision tower was left as it was, and the language model learned alone. It took
+{hours:.1f} hours on {machine}. Again, from the repository's root:
 
-    python -m examples.nano.train --shape {shape} --seed {training_seed} --steps {steps} --seeing {seeing} --easy {easy}
+    python -m examples.nano.train --shape {shape} --seed {training_seed} --steps {steps} --seeing {seeing} \\
+        --easy {easy} --answering {answering} --learning-rate {learning_rate}
 
 ![Learning curve](learning-curve.png)
 

@@ -130,7 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
     except StateMismatch as error:
         print(error, file=sys.stderr)
         return 2
-    recipe = Recipe(chosen.out, chosen.seed, chosen.batch, chosen.max_tokens, chosen.easy, chosen.seeing)
+    recipe = Recipe(
+        chosen.out,
+        chosen.seed,
+        chosen.batch,
+        chosen.max_tokens,
+        chosen.easy,
+        chosen.seeing,
+        answering_from=chosen.steps - chosen.answering if chosen.steps else sys.maxsize,
+    )
     run = Run(
         trainer,
         recipe,
@@ -158,6 +166,7 @@ def _trainer(chosen: argparse.Namespace, device: torch.device) -> Trainer:
         steps=chosen.steps,
         seconds=None if chosen.steps else 3600 * chosen.hours,
         learning_rate=chosen.learning_rate,
+        answering_steps=chosen.answering,
     )
     model = Nano.of(read_config(chosen.out), chosen.seed)
     trainer = Trainer(model, plan, device, _precision(chosen.precision, device), identity)
@@ -195,6 +204,7 @@ def _record(trainer: Trainer, chosen: argparse.Namespace) -> dict[str, Any]:
         "batch": chosen.batch,
         "seeing": chosen.seeing,
         "easy": chosen.easy,
+        "answering": chosen.answering,
         "learning_rate": chosen.learning_rate,
         "machine": _machine(chosen.threads),
         "history": progress.history,
@@ -255,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=224, help="of one row: so many dialogues about its pictures are taken")
     add("--seeing", type=int, default=2500, help="steps on collages, without words, before all else")
     add("--easy", type=int, default=60_000, help="situations until the easy world is left behind")
+    add("--answering", type=int, default=0, help="steps of --steps at the end that train the language model alone")
     add("--learning-rate", type=float, default=1e-3)
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--device", default="auto", help="auto, cpu or cuda")

@@ -26,11 +26,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how fast to learn. Either `steps` or `seconds` says when training ends."""
+    """How long and how fast to learn. Either `steps` or `seconds` says when training ends.
+
+    In the last `answering_steps` of `steps` the tower is left as it is, and the language model learns alone, by a
+    schedule of its own.
+    """
 
     steps: int | None
     seconds: float | None
     learning_rate: float = 1e-3
+    answering_steps: int = 0
     matrix_share: float = 2.0  # of the learning rate, for the matrices that Muon steps
     guide_share: float = 0.5  # of the guide's loss
     size_share: float = 0.2  # within the guide's loss, of visual tokens that are larger or smaller than `VISUAL_SIZE`
@@ -40,6 +45,10 @@ class Plan:
     weight_decay: float = 0.05
     clip: float = 1.0
     average_decay: float = 0.999
+
+    def is_answering(self, step: int) -> bool:
+        """Whether a step is one of those in which the language model learns alone."""
+        return self.steps is not None and step >= self.steps - self.answering_steps
 
 
 @dataclass(slots=True)
@@ -89,9 +98,14 @@ class Trainer:
             for group in optimiser.param_groups:
                 rate = self._learning_rate() * group["share"]
                 group["lr"] = rate if batch.situations or self.progress.situations else rate * self.plan.seeing_rate
-        loss, seeing = self._losses(tensors_of(batch, self._device), has_answers=bool(batch.situations))
-        (loss + self.plan.guide_share * seeing).backward()  # type: ignore[no-untyped-call]
-        self.seeing_loss = float(seeing.detach())
+        tensors = tensors_of(batch, self._device)
+        if self.plan.is_answering(self.progress.step):
+            loss = self._answering_loss(tensors, self._seen(tensors))
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            loss, seeing = self._losses(tensors, has_answers=bool(batch.situations))
+            (loss + self.plan.guide_share * seeing).backward()  # type: ignore[no-untyped-call]
+            self.seeing_loss = float(seeing.detach())
         learning = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learning, self.plan.clip)
         if torch.isfinite(norm):
@@ -162,14 +176,26 @@ class Trainer:
             visual_tokens = self.model.visual_tokens(tensors["tiles"])
             seeing = self.guide(visual_tokens, tensors["seen"], tensors["boxes"])
             seeing = seeing + self.plan.size_share * _size_loss(visual_tokens)
-            if not has_answers:
-                return torch.zeros((), device=self._device), seeing
+        if not has_answers:
+            return torch.zeros((), device=self._device), seeing
+        return self._answering_loss(tensors, visual_tokens), seeing
+
+    @torch.no_grad()
+    def _seen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the visual tokens of a batch's tiles, as they are."""
+        with self._precision():
+            visual_tokens: torch.Tensor = self.model.visual_tokens(tensors["tiles"])
+        return visual_tokens
+
+    def _answering_loss(self, tensors: Mapping[str, torch.Tensor], visual_tokens: torch.Tensor) -> torch.Tensor:
+        """Return the loss of the answers about pictures of which these are the visual tokens."""
+        with self._precision():
             hidden = hidden_states_over(self.model, dict(tensors), visual_tokens)
             asked = tensors["targets"] != NO_TARGET
             logits = self.model.logits(hidden[asked])
         losses = functional.cross_entropy(logits, tensors["targets"][asked], reduction="none")
         weights = tensors["weights"][asked]
-        return (losses * weights).sum() / weights.sum(), seeing
+        return (losses * weights).sum() / weights.sum()
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self._dtype == torch.float32:
@@ -177,9 +203,14 @@ class Trainer:
         return torch.autocast(self._device.type, self._dtype)
 
     def _learning_rate(self) -> float:
-        plan = self.plan
-        warm = min(1.0, (self.progress.step + 1) / plan.warm_up_steps)
-        return plan.learning_rate * warm * min(1.0, (1 - self.progress.fraction(plan)) / plan.falling_part)
+        plan, step, fraction = self.plan, self.progress.step, self.progress.fraction(self.plan)
+        if plan.steps is not None and plan.answering_steps:
+            before = plan.steps - plan.answering_steps
+            step, length = (step - before, plan.answering_steps) if plan.is_answering(step) else (step, before)
+            fraction = step / length
+        warm = min(1.0, (step + 1) / plan.warm_up_steps)
+        falling = 1.0 if plan.is_answering(self.progress.step) else plan.falling_part
+        return plan.learning_rate * warm * min(1.0, (1 - fraction) / falling)
 
     def _update_average(self) -> None:
         decay = min(self.plan.average_decay, (1 + self.progress.step) / (10 + self.progress.step))

@@ -115,6 +115,15 @@ def test_collages_are_always_the_same_and_hold_all_that_there_is() -> None:
         assert present >= set(range(size)) - ({5, 6, 7, 8} if field == PLACE else set())
 
 
+def test_at_the_end_there_are_no_more_collages_and_no_situation_is_left_out_or_comes_twice(directory: Path) -> None:
+    maker = BatchMaker(Recipe(directory, seed=1, situations_per_batch=2, seeing_steps=2, answering_from=7))
+    batches = [maker.batch(step) for step in range(2, 13)]
+    assert [batch.situations for batch in batches] == [2, 2, 2, 0, 2, 2, 2, 2, 2, 2, 2]
+    unseeing = BatchMaker(replace(maker.recipe, seeing_steps=0))
+    with_words = [batch.ids for batch in batches if batch.situations]
+    assert all(np.array_equal(ids, unseeing.batch(step).ids) for step, ids in enumerate(with_words))
+
+
 def test_training_begins_with_pictures_that_nothing_is_said_about(directory: Path) -> None:
     maker = BatchMaker(Recipe(directory, seed=1, situations_per_batch=2, seeing_steps=2, collages_per_batch=4))
     batches = [maker.batch(step) for step in range(7)]

@@ -78,5 +78,5 @@ def record() -> dict[str, object]:
     tally.add("colour", False)
     points = [{"seconds": 60 * n, "overall": n / 3, "iou": 0.1 * n, "loss": 3.0 - n} for n in range(3)]
     facts = {"parameters": 10, "held_out_seed": 1, "seed": 1, "situations": 3, "answers": 4, "steps": 2, "hours": 0.1}
-    facts |= {"seeing": 1, "easy": 0}
+    facts |= {"seeing": 1, "easy": 0, "answering": 0, "learning_rate": 1e-3}
     return facts | {"machine": "m", "shape": "tiny", "history": points, "in_process": tally.as_json()}

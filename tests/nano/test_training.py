@@ -81,6 +81,22 @@ def test_a_worker_that_fails_ends_the_training(tmp_path: Path) -> None:
         next(iter(source))
 
 
+def test_at_the_end_the_language_model_learns_alone_by_a_rate_of_its_own(directory: Path, batches: list[Batch]) -> None:
+    plan = Plan(steps=6, seconds=None, warm_up_steps=1, answering_steps=4)
+    model = Nano.of(read_config(directory), seed=5)
+    trainer = Trainer(model, plan, torch.device("cpu"), torch.float32, "a training")
+    for batch in batches[:2]:
+        trainer.step(batch)
+    tower = {name: weight.detach().clone() for name, weight in model.tower.named_parameters()}
+    decoder = {name: weight.detach().clone() for name, weight in model.decoder.named_parameters()}
+    assert trainer._learning_rate() == plan.learning_rate
+    for batch in batches[2:5]:
+        trainer.step(batch)
+    assert trainer._learning_rate() == pytest.approx(plan.learning_rate / 4)
+    assert all(torch.equal(weight, tower[name]) for name, weight in model.tower.named_parameters())
+    assert not any(torch.equal(weight, decoder[name]) for name, weight in model.decoder.named_parameters())
+
+
 def test_the_easy_world_is_left_behind() -> None:
     recipe = Recipe(Path(), seed=1, easy_situations=100)
     assert recipe.config_of(0) is EASY
@@ -91,10 +107,29 @@ def test_the_easy_world_is_left_behind() -> None:
 def test_training_writes_a_checkpoint_with_its_card(tmp_path: Path) -> None:
     out, state = tmp_path / "internvl-nano", tmp_path / "state.safetensors"
     options = ["--out", str(out), "--state", str(state), "--shape", "tiny", "--threads", "1", "--workers", "0"]
-    assert main([*options, "--steps", "2", "--seeing", "1", "--batch", "2", "--final", "4", "--rolling", "4"]) == 0
+    assert (
+        main(
+            [
+                *options,
+                "--steps",
+                "3",
+                "--seeing",
+                "1",
+                "--answering",
+                "1",
+                "--batch",
+                "2",
+                "--final",
+                "4",
+                "--rolling",
+                "4",
+            ]
+        )
+        == 0
+    )
     names = {file.name for file in out.iterdir()}
     assert {"model.safetensors", "config.json", "README.md", "training.json", "learning-curve.png"} <= names
-    assert "2 situations" in (out / "README.md").read_text()
+    assert "4 situations" in (out / "README.md").read_text()
     assert main([*options, "--steps", "2", "--seeing", "1", "--batch", "2"]) == 2  # a state is there already
 
 

@@ -10,13 +10,13 @@ from examples.nano.world.vocabulary import COLOURS, SHAPES, WORDS
 class SituationWeights:
     """How often each sort of situation comes up, relative to the others."""
 
-    shapes: float = 0.32
-    number: float = 0.13
+    shapes: float = 0.42
+    number: float = 0.10
     word: float = 0.03
     chart: float = 0.02
     nothing: float = 0.01
-    compare: float = 0.31
-    clip: float = 0.15
+    compare: float = 0.26
+    clip: float = 0.13
     other_picture: float = 0.03
 
 
@@ -33,7 +33,7 @@ class WorldConfig:
     shapes: tuple[str, ...] = SHAPES
     words: tuple[str, ...] = WORDS
     max_things: int = 5
-    thing_size: tuple[float, float] = (0.17, 0.42)
+    thing_size: tuple[float, float] = (0.20, 0.44)
     glyph_height: tuple[float, float] = (0.20, 0.50)
     max_digits: int = 4
     max_bars: int = 5
@@ -41,7 +41,7 @@ class WorldConfig:
     small_px: tuple[int, int] = (100, 158)
     large_px: tuple[int, int] = (159, 360)
     large_share: float = 0.3
-    max_aspect: float = 2.0
+    max_aspect: float = 1.7
     textured_share: float = 0.4
     colour_jitter: int = 16
     box_step: int = 10
