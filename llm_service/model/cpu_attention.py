@@ -1,7 +1,7 @@
 """Attention on a CPU, by torch's fused kernel called directly: no copies and no masks where none are needed.
 
 The operator is private to torch, and used nowhere else. `can_attend` says whether it is there and does what it should.
-Single tokens are attended to by a native kernel that reads the paged cache in place, where there is one.
+Where there are native kernels, they do it: for single tokens one that reads the paged cache in place.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,9 @@ from torch.nn import functional
 
 from llm_service.model.attention import BatchLayout, CachedLayer, KVCache, Span
 from llm_service.model.config import DecoderConfig
+from shared import tile_attention
 from shared.native.library import Function, kernels
+from shared.tile_attention import Heads
 
 # Single tokens of sequences up to so long are attended to together, over a copy of what they know: a call of the kernel
 # costs as much as some hundred known tokens. Longer ones read the cache in place.
@@ -37,7 +39,7 @@ class CpuAttention:
         chunks = [span for span in layout.spans if span.count > 1]
         self._parts: list[_Part] = [
             *_parts_of(singles, config, cache),
-            *(_Chunk(slice(span.start, span.end), _slots_of(span, cache.block_size)) for span in chunks),
+            *(_chunk_of(span, config, cache) for span in chunks),
         ]
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -150,6 +152,23 @@ class _Chunk:
         return merged.to(queries.dtype).view(count, -1)
 
 
+@dataclass(frozen=True, slots=True)
+class _NativeChunk:
+    """Several tokens of a sequence, its last so far, by the native kernel, which reads the cache by blocks."""
+
+    rows: slice
+    span: Span
+    heads: Heads
+    block_size: int
+
+    def attend(self, queries: torch.Tensor, known: CachedLayer) -> torch.Tensor:
+        keys, values = known.rows.chunk(2, dim=1)
+        length, blocks = self.span.length, self.span.blocks
+        return tile_attention.attend(
+            queries, keys, values, self.heads, length=length, blocks=blocks, block_size=self.block_size, causal=True
+        )
+
+
 @cache
 def can_attend(dtype: torch.dtype) -> bool:
     """Return whether the kernel can be called here for numbers of this type: it is tried out, with two heads a key."""
@@ -200,6 +219,14 @@ def _slot_numbers(tables: np.ndarray, length: int, block_size: int) -> np.ndarra
     index = np.arange(length)
     slots: np.ndarray = tables[..., index // block_size] * block_size + index % block_size
     return slots
+
+
+def _chunk_of(span: Span, config: DecoderConfig, cache: KVCache) -> "_Part":
+    """Return how a chunk of a prompt is attended to."""
+    rows, heads = slice(span.start, span.end), Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+    if tile_attention.can_attend(cache.layer(0).rows, heads):
+        return _NativeChunk(rows, span, heads, cache.block_size)
+    return _Chunk(rows, _slots_of(span, cache.block_size))
 
 
 def _parts_of(singles: Sequence[Span], config: DecoderConfig, cache: KVCache) -> list["_Part"]:

@@ -7,7 +7,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include <pmmintrin.h>
+
 
 #include "bfloat16.h"
 #include "tiles.h"

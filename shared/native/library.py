@@ -23,13 +23,14 @@ _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The functions, named and explained in `few_rows.c` and `decoding.c`. They let other threads run meanwhile."""
+    """The functions, named and explained in the sources in C. They let other threads run meanwhile."""
 
     few_rows_linear: Function
     rms_norm: Function
     silu_and_multiply: Function
     rotate: Function
     attend_to_cache: Function
+    attend: Function
 
 
 _ARGUMENTS: Final = {
@@ -47,6 +48,14 @@ _ARGUMENTS: Final = {
         *(_ADDRESS, _LONG, _ADDRESS),  # queries, cache
         *(_ADDRESS, _ADDRESS, _ADDRESS, _LONG),  # lengths, starts, tables, how many
         *(_LONG, _LONG, _LONG, _LONG, _FLOAT),  # block size, heads, kv heads, head dim, scale
+        _ADDRESS,  # outputs
+    ),
+    "attend": (
+        *(_ADDRESS, _LONG),  # queries
+        *(_ADDRESS, _LONG, _ADDRESS, _LONG),  # keys, values
+        *(_ADDRESS, _LONG),  # table, block size
+        *(_LONG, _LONG),  # how many queries, keys
+        *(_LONG, _LONG, _LONG, _INT, _FLOAT),  # heads, kv heads, head dim, whether causal, scale
         _ADDRESS,  # outputs
     ),
 }
@@ -68,7 +77,7 @@ def kernels() -> Kernels | None:
         return None
     for name, function in found.items():
         function.argtypes = _ARGUMENTS[name]
-        function.restype = _INT if name == "attend_to_cache" else None
+        function.restype = _INT if name.startswith("attend") else None
     return Kernels(**found)
 
 

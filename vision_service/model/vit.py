@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from shared.checkpoint import InternVLConfig
 from shared.errors import CheckpointError
+from shared.tile_attention import Heads, attend, can_attend
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +140,16 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix the tokens of [tiles, tokens, hidden]."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = self._heads(self.q_norm(q)), self._heads(self.k_norm(k)), self._heads(v)
-        mixed = functional.scaled_dot_product_attention(q, k, v)  # [tiles, heads, tokens, head size]
-        projected: torch.Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        projected: torch.Tensor = self.proj(self._mixed(self.q_norm(q), self.k_norm(k), v))
         return projected
+
+    def _mixed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return what the heads see, all [tiles, tokens, hidden]."""
+        heads = Heads(self.num_heads, self.num_heads, q.shape[-1] // self.num_heads)
+        if can_attend(q, heads):
+            return torch.stack([attend(*one, heads) for one in zip(q, k, v, strict=True)])
+        mixed = functional.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v))
+        return mixed.transpose(1, 2).flatten(2)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
