@@ -52,6 +52,11 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings, StageTlsSettings):
         description="how long a step may take while answers are streamed, or five times that while none is: on slow "
         "machines the chunks of prompts are smaller than max_batch_tokens, so that no stream stands still for longer",
     )
+    neighbour_file: Path | None = Field(
+        None,
+        description="file by which a vision service on the same processors says that it encodes pictures; answers then "
+        "go on at a token per max_step_seconds, so that whoever waits for a picture waits less",
+    )
     stream_interval_seconds: float = Field(
         0.01,
         ge=0,

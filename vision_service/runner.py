@@ -7,11 +7,13 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from shared.busy_sign import BusySign
 from shared.embedding import DataType
 from shared.stall import Progress
 from shared.tensors import data_type_of
@@ -51,11 +53,13 @@ class TowerIdentity:
 class ModelRunner:
     """Owns one replica of the vision tower and the one thread that touches it. `load` is called on that thread.
 
-    `max_tiles` is how many tiles there are at most in a call of `encode`, as a rule.
+    `max_tiles` is how many tiles there are at most in a call of `encode`, as a rule. A tower on a CPU raises `sign`
+    while it computes.
     """
 
-    def __init__(self, load: Callable[[], LoadedTower], max_tiles: int = 16) -> None:
+    def __init__(self, load: Callable[[], LoadedTower], max_tiles: int = 16, sign: BusySign | None = None) -> None:
         self._load = load
+        self._sign = sign
         self._max_tiles = max_tiles
         self._thread = WorkerPool(1, "model")
         self._loaded: LoadedTower | None = None
@@ -101,8 +105,10 @@ class ModelRunner:
     def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
         assert self._pass is not None
         self._num_begun += 1
+        on_cpu = self.loaded.device.type == "cpu"
         try:
-            visual_tokens = self._pass.run(pictures)  # [tiles, tokens per tile, hidden]
+            with self._sign.raised() if self._sign and on_cpu else nullcontext():
+                visual_tokens = self._pass.run(pictures)  # [tiles, tokens per tile, hidden]
         finally:
             self._num_ended += 1
         parts = torch.split(visual_tokens, [len(picture) for picture in pictures])

@@ -1,5 +1,7 @@
 """Settings of the vision service; environment variables begin with `VISION_`."""
 
+from pathlib import Path
+
 from pydantic import DirectoryPath, Field
 from pydantic_settings import SettingsConfigDict
 
@@ -33,6 +35,11 @@ class VisionSettings(ServiceSettings, EmbeddingStoreSettings):
     threads: int = Field(0, ge=0, description="CPU threads that the model may use; 0: torch's choice")
     cpu_nice: int = Field(
         0, ge=0, le=19, description="how far a model on a CPU gives way to other processes; at 10 it gets a tenth"
+    )
+    neighbour_file: Path | None = Field(
+        None,
+        description="file by which a language model on the same processors learns that pictures are being encoded, "
+        "and leaves room for it (its own neighbour_file)",
     )
     work_threads: int = Field(2, ge=1, description="threads that hash media and put embeddings together")
 

@@ -232,7 +232,7 @@ class LocalStack:
         variables = stage.upper()
         environment = {f"{variables}_REDIS_URL": valkey.url(0), f"{variables}_EMBEDDING_KEY": key}
         flags = ["--model", str(model.resolve()), "--listen", "127.0.0.1:0", "--dtype", self._options.dtype]
-        flags += device_flags(stage, self._options.device)
+        flags += [*device_flags(stage, self._options.device), "--neighbour-file", str(self.directory / "neighbour")]
         return self._add(f"{prefix}{stage}", f"{stage}_service", flags, environment)
 
     def _add(self, name: str, module: str, flags: list[str], environment: dict[str, str]) -> Service:

@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import structlog
@@ -33,6 +34,7 @@ from llm_service.engine.sequence import (
     Wanted,
     candidates_of,
 )
+from shared.busy_sign import BusySign
 from shared.errors import DeadlineExceeded, InternalError, PromptTooLong, QueueFull, ServiceError
 from shared.rpc.deadline import request_id
 from shared.stall import Progress
@@ -111,8 +113,14 @@ class PagedEngine:
     """The built-in engine: continuous batching over a paged KV cache."""
 
     def __init__(
-        self, runner: StepRunner, blocks: BlockManager, limits: EngineLimits, rotation_of: RotationOf = always_plain
+        self,
+        runner: StepRunner,
+        blocks: BlockManager,
+        limits: EngineLimits,
+        rotation_of: RotationOf = always_plain,
+        neighbour: BusySign | None = None,
     ) -> None:
+        """While `neighbour` is raised, answers go on no faster than the limit of a step demands."""
         assert limits.step.max_tokens >= limits.max_sequences
         self._runner = runner
         self._blocks = blocks
@@ -121,6 +129,7 @@ class PagedEngine:
         self._scheduler = Scheduler(
             blocks, keys, self._pace, limits.max_sequences, runner.copy_block, self._want_embeddings
         )
+        self._neighbour, self._longest_step_s = neighbour, limits.step.busy_s
         self._max_tokens = min(limits.max_tokens, blocks.num_blocks * blocks.block_size)
         self._num_prefilled = self._num_decoded = self._num_cached = 0
         self._broken = False
@@ -255,8 +264,11 @@ class PagedEngine:
             while not self._stopping:
                 self._take_commands()
                 if batch := self._scheduler.next_batch():
+                    began = time.monotonic()
                     self._deliver(self._compute(batch))
                     self._num_steps += 1
+                    if self._neighbour is not None and self._neighbour.is_raised():
+                        self._give_way(batch, began)
         except Exception:
             log.critical("engine_stopped", exc_info=True)
             self._broken = True
@@ -295,6 +307,17 @@ class PagedEngine:
             command()
         while not self._commands.empty():
             self._commands.get()()
+
+    def _give_way(self, batch: list[ScheduledTokens], began: float) -> None:
+        """Leave the processors to the neighbour for the rest of what a step may take, unless a prompt is being read.
+
+        Whoever waits for it has seen nothing yet. Two that compute on all processors at once would take turns within
+        every operation, and both be slower than by turns of their own.
+        """
+        rest_s = began + self._longest_step_s - time.monotonic()
+        if rest_s > 0 and all(tokens.seq.is_decoding for tokens in batch):
+            with suppress(Empty):
+                self._commands.get(timeout=rest_s)()
 
     def _compute(self, batch: list[ScheduledTokens]) -> list[_Delivery]:
         """Run a step. If it fails, run each sequence alone, so that only the one at fault fails."""

@@ -14,6 +14,7 @@ from llm_service.engine.scheduler import ScheduledTokens
 from llm_service.engine.sequence import EngineRequest, SamplingParams
 from llm_service.prompt.dialogue import EmbeddingRef
 from llm_service.prompt.splice import PromptTokens
+from shared.busy_sign import BusySign
 
 VOCABULARY = 1000
 LIMITS = EngineLimits(max_sequences=8, step=StepLimits(32), max_tokens=200)
@@ -116,10 +117,10 @@ def ref(digest: str = "ab" * 32, tiles: int = 1, tokens_per_tile: int = 4, hidde
 
 @asynccontextmanager
 async def running(
-    runner: FakeRunner, num_blocks: int = 64, limits: EngineLimits = LIMITS
+    runner: FakeRunner, num_blocks: int = 64, limits: EngineLimits = LIMITS, neighbour: BusySign | None = None
 ) -> AsyncIterator[PagedEngine]:
     """An engine over a fake model; every block has to be free again at the end."""
-    engine = PagedEngine(runner, BlockManager(num_blocks, runner.block_size), limits)
+    engine = PagedEngine(runner, BlockManager(num_blocks, runner.block_size), limits, neighbour=neighbour)
     engine.start()
     try:
         yield engine

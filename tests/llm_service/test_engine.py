@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, FinishReason, TokenOutput
+from shared.busy_sign import BusySign
 from shared.errors import InternalError, PromptTooLong
 from tests.engine_outputs import each
 from tests.llm_service.fakes_llm import LIMITS, FakeRunner, continuation, request, running
@@ -156,6 +159,24 @@ async def test_generation_goes_on_behind_known_tokens() -> None:
     resumed = EngineRequest(asked.prompt, (), asked.params, tuple(known))
     async with running(FakeRunner()) as engine:
         assert await ids_of(engine, resumed) == continuation([1, 2], 7)[3:]
+
+
+async def test_while_the_neighbour_is_at_work_answers_wait_after_each_token_and_questions_do_not(
+    tmp_path: Path,
+) -> None:
+    sign, runner = BusySign(tmp_path / "neighbour"), FakeRunner()
+    patient = replace(LIMITS, step=replace(LIMITS.step, busy_s=600.0))  # longer than any test
+    async with running(runner, limits=patient, neighbour=sign) as engine:
+        with sign.raised():
+            first = asyncio.create_task(ids_of(engine, request([1], 50)))
+            # The prompt is read at once; then nothing happens until somebody comes.
+            while len(runner.batches) < 1:
+                await asyncio.sleep(0.01)
+            second = asyncio.create_task(ids_of(engine, request([2], 1)))
+            assert await asyncio.wait_for(second, 20) == continuation([2], 1)
+            assert not first.done()
+        third = asyncio.create_task(ids_of(engine, request([3], 4)))
+        assert await asyncio.wait_for(asyncio.gather(first, third), 20) == [continuation([1], 50), continuation([3], 4)]
 
 
 async def test_a_fault_of_the_scheduler_fails_every_request_and_refuses_new_ones() -> None:
