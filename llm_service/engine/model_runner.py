@@ -71,6 +71,7 @@ class ModelRunner:
 
     def _forward(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         device = self._decoder.device
+        torch.get_num_threads()  # tells OpenMP in this thread, too, how many there may be: native kernels do not ask
         index = _BatchIndex.of(batch)
         # As the reference rotates: a prompt with its whole length, a later token with the length when it came. So
         # neither chunks nor a recomputation change anything.

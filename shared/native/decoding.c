@@ -7,8 +7,6 @@
 #include <omp.h>
 #include <stdlib.h>
 
-
-
 #include "bfloat16.h"
 #include "tiles.h"
 
