@@ -265,8 +265,9 @@ class PagedEngine:
                 self._take_commands()
                 if batch := self._scheduler.next_batch():
                     began = time.monotonic()
-                    self._deliver(self._compute(batch))
+                    deliveries = self._compute(batch)
                     self._num_steps += 1
+                    self._deliver(deliveries)
                     if self._neighbour is not None and self._neighbour.is_raised():
                         self._give_way(batch, began)
         except Exception:
