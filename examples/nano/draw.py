@@ -55,7 +55,7 @@ def demos() -> list[Demo]:
         Demo({"chart.png": _chart()}, (("Which bar is the tallest?", "green"), ("And the shortest?", "purple"))),
         Demo(
             {"before.png": before, "after.png": after},
-            (("Do both images show the same shape?", "yes"), ("What colour is the triangle in Image-2?", "orange")),
+            (("Which image shows an orange shape?", "Image-2"), ("What colour is the triangle in Image-1?", "purple")),
             label="Image-{}: ",
         ),
         Demo(

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,7 @@ from deploy.local import LocalStack
 from deploy.local.demo import NANO
 from examples.nano.accuracy import Tally
 from examples.nano.evaluate import Result, ask_all, messages_of, tally_of
-from examples.nano.world import Scene, Situation, Thing, Writing, draw, held_out
-from examples.nano.world.fonts import ink_box
+from examples.nano.world import Scene, Situation, Thing, draw, held_out
 from examples.nano.world.scene import Background
 from examples.nano.world.vocabulary import COLOURS
 from internvl_client import AsyncClient, Client, Image, Message
@@ -32,6 +32,8 @@ pytestmark = [
 PICTURES = Path(__file__).parents[2] / "examples/nano/pictures"
 # Never trained on, and not the seed of the model card.
 SEED, NUM_QUESTIONS, CONCURRENCY = 70_707, 200, 16
+# What its card says, less what 200 questions may differ by. A picture in the wrong place costs far more than that.
+LEAST_RIGHT, LEAST_OVERLAP = 0.88, 0.48
 PAPER = Background("plain", (248, 248, 244), (248, 248, 244))
 
 
@@ -65,14 +67,6 @@ def picture(*things: tuple[str, str, float, float], width: int = 150, height: in
     return _image(Scene(width, height, PAPER, found))
 
 
-def number(text: str) -> Image:
-    face, size = "lato-bold", 56
-    left, top, right, bottom = ink_box(text, face, size)
-    x, y = round(75 - (left + right) / 2), round(60 - (top + bottom) / 2)
-    box = (left + x, top + y, right + x, bottom + y)
-    return _image(Scene(150, 120, PAPER, (), Writing(text, "blue", COLOURS["blue"], face, size, x, y, box)))
-
-
 def _image(scene: Scene) -> Image:
     stream = io.BytesIO()
     draw(scene).save(stream, "PNG")
@@ -91,8 +85,8 @@ def frames(xs: Sequence[float]) -> list[str | Image]:
 def test_the_words_are_right(together: list[Result]) -> None:
     tally: Tally = tally_of(together)
     assert len(together) == NUM_QUESTIONS
-    assert tally.overall >= 0.9, tally.by_kind()
-    assert tally.mean_overlap >= 0.7
+    assert tally.overall >= LEAST_RIGHT, tally.by_kind()
+    assert tally.mean_overlap >= LEAST_OVERLAP
 
 
 def test_known_pictures_give_the_same_words(
@@ -163,10 +157,14 @@ def test_pictures_keep_their_order(client: Client) -> None:
         assert which(square, star, question) == ("Image-2" if of_star else "Image-1")
 
 
-def test_each_of_three_pictures_is_read_in_its_place(client: Client) -> None:
-    parts = ["Image-1: ", number("27"), "\nImage-2: ", number("485"), "\nImage-3: ", number("9")]
-    asked = [client.ask(*parts, f"\nWhat number is in Image-{index}?").text for index in (1, 2, 3)]
-    assert asked == ["27", "485", "9"]
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_each_of_three_pictures_is_seen_in_its_place(client: Client, order: tuple[int, ...]) -> None:
+    things = [(("star", "red"), ("square", "blue"), ("heart", "green"))[index] for index in order]
+    parts: list[str | Image] = []
+    for index, (shape, colour) in enumerate(things, start=1):
+        parts += [f"Image-{index}: ", picture((shape, colour, 75, 70)), "\n"]
+    seen = [client.ask(*parts, f"Which object is in Image-{index}?").text for index in (1, 2, 3)]
+    assert seen == [f"a {colour} {shape}" for shape, colour in things]
 
 
 def test_frames_keep_their_order(client: Client) -> None:

@@ -1,6 +1,7 @@
 """Conversations outlive every service that answers them."""
 
 import io
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -76,6 +77,9 @@ def test_a_stream_that_is_lost_with_its_gateway_is_gone_on_with(restarted: Local
             restarted.restart("gateway")
             said = begun + "".join(map(str, stream))
         assert said == alone.text
-        log = restarted.processes["gateway"].log_file.read_text()
-        assert '"turn_finished"' in log, "the gateway that was started anew has answered"
+        # The gateway that was started anew has answered; its log is written behind.
+        log, deadline = restarted.processes["gateway"].log_file, time.monotonic() + 30
+        while '"turn_finished"' not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
         assert conversation.info().num_messages == 2
