@@ -140,10 +140,10 @@ static void score(const attention *of, scratch *own, int64_t kv_head, int64_t fi
         _tile_zero(0);
         _tile_zero(1);
         for (int64_t step = 0; step < steps; step++) {
-            _tile_loadd(LEFT, tiles + step * 2 * TILE, TILE_ROW_BYTES);
-            _tile_loadd(UPPER, own->queries[step], TILE_ROW_BYTES);
+            LOAD_TILE(LEFT, tiles + step * 2 * TILE, TILE_ROW_BYTES);
+            LOAD_TILE(UPPER, own->queries[step], TILE_ROW_BYTES);
             _tile_dpbf16ps(0, UPPER, LEFT);
-            _tile_loadd(LOWER, own->queries[step] + TILE, TILE_ROW_BYTES);
+            LOAD_TILE(LOWER, own->queries[step] + TILE, TILE_ROW_BYTES);
             _tile_dpbf16ps(1, LOWER, LEFT);
         }
         _tile_stored(0, own->scores + key, STRETCH * sizeof(float));
@@ -205,19 +205,19 @@ static void sum_up(const attention *of, scratch *own, int64_t kv_head, int64_t f
             _tile_zero(2);
             _tile_zero(3);
         } else {
-            _tile_loadd(0, sums, bytes);
-            _tile_loadd(1, sums + LANES, bytes);
-            _tile_loadd(2, sums + LANES * head_dim, bytes);
-            _tile_loadd(3, sums + LANES * head_dim + LANES, bytes);
+            LOAD_TILE(0, sums, bytes);
+            LOAD_TILE(1, sums + LANES, bytes);
+            LOAD_TILE(2, sums + LANES * head_dim, bytes);
+            LOAD_TILE(3, sums + LANES * head_dim + LANES, bytes);
         }
         for (int64_t key = 0; key < count; key += STEP) {
             const bf16 *tiles = values + key * head_dim + at / LANES * TILE;
-            _tile_loadd(UPPER, own->weights + key, STRETCH * sizeof(bf16));
-            _tile_loadd(LEFT, tiles, TILE_ROW_BYTES);
+            LOAD_TILE(UPPER, own->weights + key, STRETCH * sizeof(bf16));
+            LOAD_TILE(LEFT, tiles, TILE_ROW_BYTES);
             _tile_dpbf16ps(0, UPPER, LEFT);
-            _tile_loadd(RIGHT, tiles + TILE, TILE_ROW_BYTES);
+            LOAD_TILE(RIGHT, tiles + TILE, TILE_ROW_BYTES);
             _tile_dpbf16ps(1, UPPER, RIGHT);
-            _tile_loadd(LOWER, own->weights + LANES * STRETCH + key, STRETCH * sizeof(bf16));
+            LOAD_TILE(LOWER, own->weights + LANES * STRETCH + key, STRETCH * sizeof(bf16));
             _tile_dpbf16ps(2, LOWER, LEFT);
             _tile_dpbf16ps(3, LOWER, RIGHT);
         }
@@ -269,8 +269,8 @@ static void attend_block(const attention *of, scratch *own, int64_t head, int64_
 
 /* Returns 1, with nothing done, where memory is out. `scale` is of the scores. */
 int attend(const bf16 *queries, int64_t query_stride, const bf16 *keys, int64_t key_stride, const bf16 *values,
-           int64_t value_stride, const int64_t *table, int64_t block_size, int64_t num_queries, int64_t num_keys, int64_t heads,
-           int64_t kv_heads, int64_t head_dim, int is_causal, float scale, bf16 *outputs) {
+           int64_t value_stride, const int64_t *table, int64_t block_size, int64_t num_queries, int64_t num_keys,
+           int64_t heads, int64_t kv_heads, int64_t head_dim, int is_causal, float scale, bf16 *outputs) {
     const int64_t padded = (num_keys + STEP - 1) / STEP * STEP, size = kv_heads * padded * head_dim;
     const size_t own_size = (sizeof(scratch) + 63) / 64 * 64;
     const size_t packed_size = ((size_t)size * sizeof(bf16) + 63) / 64 * 64;
@@ -302,12 +302,8 @@ int attend(const bf16 *queries, int64_t query_stride, const bf16 *keys, int64_t 
 #pragma omp parallel
     {
         scratch *own = (scratch *)(memory + 2 * packed_size + omp_get_thread_num() * own_size);
-        tile_config found;
-        take_tiles(&found);
-        const unsigned int modes = _mm_getcsr();
-        _mm_setcsr(modes | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
         const uint8_t by_tile[8] = {16, 16, 16, 16, 16, 16, 16, 16};
-        configure_tiles(by_tile);
+        const thread_settings found = begin_attending(by_tile);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < kv_heads * (padded / STEP); item++)
             pack(&of, item / (padded / STEP), item % (padded / STEP) * STEP);
@@ -315,8 +311,7 @@ int attend(const bf16 *queries, int64_t query_stride, const bf16 *keys, int64_t 
 #pragma omp for schedule(dynamic)
         for (int64_t item = heads * blocks - 1; item >= 0; item--)
             attend_block(&of, own, item / blocks, item % blocks * QUERIES);
-        _mm_setcsr(modes);
-        give_tiles_back(&found);
+        end_attending(&found);
     }
     free(memory);
     return 0;

@@ -3,7 +3,6 @@
 #define INTERNVL_BFLOAT16_H
 
 #include <immintrin.h>
-#include <pmmintrin.h>
 #include <stdint.h>
 
 typedef uint16_t bf16;

@@ -137,8 +137,8 @@ static inline __m512 weigh(const attention *of, int64_t sequence, int64_t kv_hea
             expect(of, table, token + AHEAD, kv_head);
         _tile_zero(SCORES);
         for (int64_t at = 0; at < head_dim; at += STEP) {
-            _tile_loadd(KEYS, keys + at, row_bytes);
-            _tile_loadd(QUERIES, pairs[at / 2], TILE_ROW_BYTES);
+            LOAD_TILE(KEYS, keys + at, row_bytes);
+            LOAD_TILE(QUERIES, pairs[at / 2], TILE_ROW_BYTES);
             _tile_dpbf16ps(SCORES, KEYS, QUERIES);
         }
         float *own = weights + token * LANES;
@@ -243,18 +243,12 @@ int attend_to_cache(const bf16 *queries, int64_t query_stride, const bf16 *cache
         return 1;
 #pragma omp parallel
     {
-        tile_config found;
-        take_tiles(&found);
-        /* Weights of next to nothing are nothing: arithmetic on numbers that small takes a hundred times as long. */
-        const unsigned int modes = _mm_getcsr();
-        _mm_setcsr(modes | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
         const uint8_t by_tile[8] = {TILE_ROWS, TILE_ROWS, LANES, 1, 1, 1, 1, 1};
-        configure_tiles(by_tile);
+        const thread_settings found = begin_attending(by_tile);
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < count * kv_heads; item++)
             attend_one(&of, item / kv_heads, item % kv_heads, weights + omp_get_thread_num() * scratch);
-        _mm_setcsr(modes);
-        give_tiles_back(&found);
+        end_attending(&found);
     }
     free(weights);
     return 0;

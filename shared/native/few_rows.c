@@ -8,7 +8,8 @@
  * after another: [outputs / 32][inputs / 2][32][2], both padded with zeros to multiples of 32. So a block is one run of
  * memory, and 16 pairs by 16 outputs are what a tile register takes.
  *
- * Sums are in float32, inputs in order, then the bias, then what is to be added; rounded once. These are oneDNN's bits.
+ * Sums are in float32, inputs in order, then the bias, then what is to be added; rounded once. These are oneDNN's
+ * bits where the inputs are a multiple of 32, as those of models are; it adds the rest of others in another order.
  *
  * GNU's OpenMP is not linked: its functions are found in the library that torch has loaded, so that both share one pool
  * of threads.
@@ -96,13 +97,13 @@ static inline void multiply(const product *of, const bf16 *block, int first_outp
             _mm_prefetch((const char *)pairs + AHEAD + line, _MM_HINT_T0);
         const bf16 *inputs = at < whole ? of->inputs + at : rest;
         const int64_t stride = (at < whole ? of->input_stride : BLOCK) * (int64_t)sizeof(bf16);
-        _tile_loadd(MATRIX_LEFT, pairs, 2 * LINE);
-        _tile_loadd(INPUT_UPPER, inputs, stride);
+        LOAD_TILE(MATRIX_LEFT, pairs, 2 * LINE);
+        LOAD_TILE(INPUT_UPPER, inputs, stride);
         _tile_dpbf16ps(SUM_UPPER_LEFT, INPUT_UPPER, MATRIX_LEFT);
-        _tile_loadd(MATRIX_RIGHT, pairs + BLOCK, 2 * LINE);
+        LOAD_TILE(MATRIX_RIGHT, pairs + BLOCK, 2 * LINE);
         _tile_dpbf16ps(SUM_UPPER_RIGHT, INPUT_UPPER, MATRIX_RIGHT);
         if (lower) {
-            _tile_loadd(INPUT_LOWER, (const char *)inputs + LANES * stride, stride);
+            LOAD_TILE(INPUT_LOWER, (const char *)inputs + LANES * stride, stride);
             _tile_dpbf16ps(SUM_LOWER_LEFT, INPUT_LOWER, MATRIX_LEFT);
             _tile_dpbf16ps(SUM_LOWER_RIGHT, INPUT_LOWER, MATRIX_RIGHT);
         }

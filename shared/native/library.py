@@ -15,7 +15,7 @@ import torch
 
 from shared.native.build import LIBRARY
 
-Function = Callable[..., int | None]
+Function = Callable[..., None]
 _NEEDED: Final = frozenset({"amx_bf16", "amx_tile", "avx512_bf16", "avx512bw", "avx512vl"})
 _OPENMP: Final = re.compile(r"\S*/lib(?:g|i)?omp[^/\s]*$", re.MULTILINE)
 _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -23,7 +23,10 @@ _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The functions, named and explained in the sources in C. They let other threads run meanwhile."""
+    """The functions, named and explained in the sources in C. They let other threads run meanwhile.
+
+    Those that attend raise `MemoryError`.
+    """
 
     few_rows_linear: Function
     rms_norm: Function
@@ -59,6 +62,7 @@ _ARGUMENTS: Final = {
         _ADDRESS,  # outputs
     ),
 }
+_ALLOCATING: Final = ("attend_to_cache", "attend")  # these say whether there was no memory
 
 
 @cache
@@ -76,9 +80,15 @@ def kernels() -> Kernels | None:
     except (OSError, AttributeError):
         return None
     for name, function in found.items():
-        function.argtypes = _ARGUMENTS[name]
-        function.restype = _INT if name.startswith("attend") else None
+        function.argtypes, function.restype = _ARGUMENTS[name], None
+        if name in _ALLOCATING:
+            function.restype, function.errcheck = _INT, _require_memory
     return Kernels(**found)
+
+
+def _require_memory(failed: int, function: object, arguments: object) -> None:
+    if failed:
+        raise MemoryError("There is no memory for attention.")
 
 
 def _has_matrix_units() -> bool:
