@@ -32,6 +32,7 @@ NO_TARGET: Final = -100
 PADDING: Final = -1
 TRUNK: Final = 0
 _COLLAGE_INTERVAL: Final = 4
+_SHORTEST_BRANCH: Final = 12  # tokens; nothing shorter is asked and answered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,11 +109,13 @@ class BatchMaker:
             return self._collages(seeing + later // _COLLAGE_INTERVAL)
         count, first = self.recipe.situations_per_batch, later - mixed // _COLLAGE_INTERVAL
         indices = range(first * count, (first + 1) * count)
-        return self.batch_of([situation(self.recipe.seed, index, self.recipe.config_of(index)) for index in indices])
+        found = [situation(self.recipe.seed, index, self.recipe.config_of(index)) for index in indices]
+        # All of one shape, so that what is compiled for it serves every step.
+        return self.batch_of(found, self.recipe.max_tokens)
 
-    def batch_of(self, situations: Sequence[Situation]) -> Batch:
-        """Return the batch of these situations."""
-        return _collate([self._row(found) for found in situations], self.writer.config.tokens_per_tile)
+    def batch_of(self, situations: Sequence[Situation], width: int = 0) -> Batch:
+        """Return the batch of these situations, its rows at least `width` tokens long."""
+        return _collate([self._row(found) for found in situations], self.writer.config.tokens_per_tile, width)
 
     def view(self, medium: Medium) -> "View":
         """Return a picture's tiles, drawn and cut by the product's own preprocessing, and what they show."""
@@ -137,13 +140,16 @@ class BatchMaker:
         views = [self.view(medium) for medium in found.media]
         counts = [len(view.tiles) for view in views]
         fitting: list[TokenSequence] = []
+        length = 0
         for dialogue in found.dialogues:
+            if fitting and length + _SHORTEST_BRANCH > self.recipe.max_tokens:
+                break
             wider = [*fitting, self._sequence(dialogue, counts, found.system_message)]
             trunk = _trunk_length(wider)
-            length = trunk + sum(len(sequence.ids) - trunk for sequence in wider)
-            if fitting and length > self.recipe.max_tokens:
+            needed = trunk + sum(len(sequence.ids) - trunk for sequence in wider)
+            if fitting and needed > self.recipe.max_tokens:
                 continue
-            fitting, row = wider, _Row(views, tuple(wider), trunk, length)
+            fitting, length, row = wider, needed, _Row(views, tuple(wider), trunk, needed)
         return row
 
     def _sequence(self, dialogue: Dialogue, tile_counts: list[int], system_message: str | None) -> TokenSequence:
@@ -250,8 +256,8 @@ def _trunk_length(sequences: Sequence[TokenSequence]) -> int:
     return len(first)
 
 
-def _collate(rows: Sequence[_Row], tokens_per_tile: int) -> Batch:
-    shape = (len(rows), max(row.length for row in rows))
+def _collate(rows: Sequence[_Row], tokens_per_tile: int, width: int = 0) -> Batch:
+    shape = (len(rows), max([width, *(row.length for row in rows)]))
     arrays = _Arrays(shape, tokens_per_tile)
     for index, row in enumerate(rows):
         arrays.add(index, row)

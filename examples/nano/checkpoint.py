@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,7 @@ from examples.nano.tokenizer import CHAT_TOKENS, write_tokenizer
 from examples.nano.world import texts
 from examples.nano.world.wording import SYSTEM_MESSAGE
 from llm_service.model.loader import tensor_targets
-from shared.checkpoint import SINGLE_FILE
+from shared.checkpoint import SINGLE_FILE, InternVLConfig, read_config
 
 TILE_SIZE: Final = 112
 PATCH_SIZE: Final = 14
@@ -38,7 +39,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "tiny": Shape(32, 1, 2, 32, 1, 2, 64),  # for tests
     "small": Shape(128, 4, 4, 192, 4, 3, 512),
     "base": Shape(),
-    "large": Shape(192, 6, 6, 256, 6, 4, 704),
+    "large": Shape(language_width=256, language_layers=6, language_heads=4, language_mlp=704),
 }
 
 
@@ -48,6 +49,15 @@ def write_description(directory: Path, shape: Shape) -> None:
     added = json.loads((directory / "added_tokens.json").read_text(encoding="utf-8"))
     config = _config(shape, num_tokens, added[CHAT_TOKENS[2]])
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def config_of(directory: Path, shape: Shape) -> InternVLConfig:
+    """Return the configuration of another shape with the tokenizer of a checkpoint directory."""
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))["llm_config"]
+    with TemporaryDirectory() as place:
+        content = _config(shape, stored["vocab_size"], stored["eos_token_id"])
+        (Path(place) / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        return read_config(Path(place))
 
 
 def write_weights(directory: Path, model: Nano) -> None:

@@ -5,6 +5,7 @@ a paged cache is computed here over [rows, tokens] with a mask, which tests hold
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Nano(nn.Module):
         self.tower = VisionTower(tower)
         self.decoder = Decoder(decoder)
         self._rope = Rope(self.decoder.config.rope, self.decoder.config.head_dim, torch.device("cpu"))
+        self._block: Callable[..., torch.Tensor] = _vision_block
+        self._layer: Callable[..., torch.Tensor] = _decoder_layer
         self.requires_grad_(True)
         _initialise(self, torch.Generator().manual_seed(seed))
 
@@ -41,17 +44,32 @@ class Nano(nn.Module):
         """Return a new model of a checkpoint's shape."""
         return cls(TowerConfig.of(config), decoder_config(config.llm), seed)
 
+    def compile_layers(self) -> None:
+        """Have torch compile what every layer computes; the first steps then take half a minute longer."""
+        self._block = torch.compile(_vision_block, dynamic=True)
+        self._layer = torch.compile(_decoder_layer, dynamic=False)
+
     def visual_tokens(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return [visual tokens, hidden] for tiles uint8 [tiles, size, size, 3]."""
+        return self.projected(self.merged_patches(tiles))
+
+    def merged_patches(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return what the vision transformer sees in tiles uint8 [tiles, size, size, 3], [visual tokens, merged]."""
         config = self.tower.config
         if not len(tiles):
-            return torch.zeros((0, config.hidden_size), device=tiles.device)
+            width = config.vit.hidden_size * config.shuffle_factor**2
+            return torch.zeros((0, width), device=tiles.device)
         features = _embedded_patches(self.tower.vision_model.embeddings, tiles)
         for block in self.tower.vision_model.encoder.layers:
             assert isinstance(block, Block)
-            features = _vision_block(block, features)
+            features = self._block(block, features)
         merged = pixel_shuffle(features[:, 1:], config.shuffle_factor, config.shuffle_version)
-        return torch.flatten(self.tower.mlp1(merged), 0, 1)
+        return torch.flatten(merged, 0, 1)
+
+    def projected(self, merged: torch.Tensor) -> torch.Tensor:
+        """Return [visual tokens, hidden] for what `merged_patches` returns."""
+        projected: torch.Tensor = self.tower.mlp1(merged)
+        return projected
 
     def forward(
         self,
@@ -69,7 +87,7 @@ class Nano(nn.Module):
         mask = attention_mask(branches)
         for layer in self.decoder.layers:
             assert isinstance(layer, DecoderLayer)
-            hidden = _decoder_layer(layer, self.decoder.config, hidden, rotation, mask)
+            hidden = self._layer(layer, self.decoder.config, hidden, rotation, mask)
         return rms_norm(hidden, self.decoder.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

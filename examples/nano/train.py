@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,8 @@ import torch
 from examples.nano.accuracy import measure
 from examples.nano.batches import BatchMaker, BatchSource, Recipe
 from examples.nano.card import TRAINING_FILE, write_card
-from examples.nano.checkpoint import SHAPES, write_description, write_weights
+from examples.nano.checkpoint import SHAPES, config_of, write_description, write_weights
+from examples.nano.growth import grown
 from examples.nano.model import Nano
 from examples.nano.training import Plan, StateMismatch, Trainer
 from examples.nano.world import FULL, held_out
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("cuda" if torch.cuda.is_available() else "cpu") if chosen.device == "auto" else chosen.device
     )
     if not (chosen.resume or chosen.export_only) or not (chosen.out / "config.json").is_file():
-        write_description(chosen.out, SHAPES[chosen.shape])
+        write_description(chosen.out, SHAPES[chosen.grow or chosen.shape])
     try:
         trainer = _trainer(chosen, device)
     except StateMismatch as error:
@@ -158,7 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _trainer(chosen: argparse.Namespace, device: torch.device) -> Trainer:
     tokenizer = hashlib.sha256((chosen.out / "vocab.json").read_bytes()).hexdigest()[:12]
     identity = (
-        f"shape={chosen.shape} seed={chosen.seed} batch={chosen.batch} max_tokens={chosen.max_tokens} "
+        f"shape={'>'.join(filter(None, (chosen.shape, chosen.grow)))} seed={chosen.seed} batch={chosen.batch} "
+        f"max_tokens={chosen.max_tokens} "
         f"seeing={chosen.seeing} easy={chosen.easy} "
         f"tokenizer={tokenizer}"
     )
@@ -168,8 +171,17 @@ def _trainer(chosen: argparse.Namespace, device: torch.device) -> Trainer:
         learning_rate=chosen.learning_rate,
         answering_steps=chosen.answering,
     )
-    model = Nano.of(read_config(chosen.out), chosen.seed)
-    trainer = Trainer(model, plan, device, _precision(chosen.precision, device), identity)
+    last = read_config(chosen.out)
+    first = config_of(chosen.out, SHAPES[chosen.shape]) if chosen.grow else last
+    trainer = Trainer(
+        Nano.of(first, chosen.seed),
+        plan,
+        device,
+        _precision(chosen.precision, device),
+        identity,
+        grow=(lambda small: grown(small.cpu(), Nano.of(last, chosen.seed + 1))) if chosen.grow else None,
+        compiles=_compiles(device) if chosen.compile is None else chosen.compile,
+    )
     if chosen.resume or chosen.export_only:
         trainer.load(chosen.state)
     elif chosen.state.exists():
@@ -193,6 +205,7 @@ def _record(trainer: Trainer, chosen: argparse.Namespace) -> dict[str, Any]:
     progress = trainer.progress
     return {
         "shape": chosen.shape,
+        "grow": chosen.grow,
         "seed": chosen.seed,
         "held_out_seed": FINAL_SEED,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -216,6 +229,11 @@ def _precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" or "amx_bf16" in _processor("flags") else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _compiles(device: torch.device) -> bool:
+    """Return whether torch can compile here what runs on a CPU, where it pays."""
+    return device.type == "cpu" and any(map(shutil.which, ("g++", "c++", "clang++")))
 
 
 def _machine(threads: int) -> str:
@@ -258,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the state file")
     add("--export-only", action="store_true", help="write the checkpoint from the state file, and do not train")
     add("--shape", choices=sorted(SHAPES), default="base", help="size of the model")
+    add("--grow", choices=sorted(SHAPES), help="size of the model in the answering steps; as wide or wider, and deeper")
     add("--seed", type=int, default=1, help="of weights and world")
     add("--threads", type=int, default=os.cpu_count() or 1, help="for the model, besides the workers")
     add("--workers", type=int, default=1, help="processes that draw pictures; 0 draws between the steps")
@@ -265,10 +284,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=224, help="of one row: so many dialogues about its pictures are taken")
     add("--seeing", type=int, default=2500, help="steps on collages, without words, before all else")
     add("--easy", type=int, default=60_000, help="situations until the easy world is left behind")
-    add("--answering", type=int, default=0, help="steps of --steps at the end that train the language model alone")
+    add("--answering", type=int, default=0, help="steps of --steps at the end that leave the vision transformer alone")
     add("--learning-rate", type=float, default=1e-3)
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--device", default="auto", help="auto, cpu or cuda")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the layers (default: on a CPU with a compiler)",
+    )
     add("--measure-minutes", type=float, default=5.0, help="between measurements, which also save the state")
     add("--rolling", type=int, default=320, help="questions of each measurement")
     add("--final", type=int, default=2000, help="questions of the last measurement")

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,8 +28,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 class Plan:
     """How long and how fast to learn. Either `steps` or `seconds` says when training ends.
 
-    In the last `answering_steps` of `steps` the tower is left as it is, and the language model learns alone, by a
-    schedule of its own.
+    In the last `answering_steps` of `steps` the vision transformer is left as it is; projector and language model learn
+    alone, by a schedule of their own.
     """
 
     steps: int | None
@@ -45,17 +45,32 @@ class Plan:
     weight_decay: float = 0.05
     clip: float = 1.0
     average_decay: float = 0.999
+    # In the answering steps: Muon takes a third of the time of a batch, and late in training few batches say little.
+    batches_per_change: int = 2
+
+    @property
+    def size_loss_share(self) -> float:
+        """The share of visual tokens' size in the whole loss."""
+        return self.guide_share * self.size_share
 
     def is_answering(self, step: int) -> bool:
-        """Whether a step is one of those in which the language model learns alone."""
+        """Whether a step is one of those in which the vision transformer does not learn."""
         return self.steps is not None and step >= self.steps - self.answering_steps
+
+    def changes_weights_after(self, step: int) -> bool:
+        """Whether the weights change after this step, or its gradients wait for the next."""
+        if self.steps is None or not self.is_answering(step):
+            return True
+        done = step + 1 - (self.steps - self.answering_steps)
+        return done % self.batches_per_change == 0 or step + 1 == self.steps
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far training has come. `history` holds one entry per measurement."""
+    """How far training has come. `history` holds one entry per measurement; `has_grown` says that the model has."""
 
     step: int = 0
+    has_grown: bool = False
     situations: int = 0
     answers: int = 0
     seconds: float = 0.0
@@ -75,37 +90,58 @@ class StateMismatch(Exception):
 
 
 class Trainer:
-    """A model, its optimiser and the moving average of its weights. `identity` names what is being trained."""
+    """A model, its optimiser and the moving average of its weights. `identity` names what is being trained.
 
-    def __init__(self, model: Nano, plan: Plan, device: torch.device, dtype: torch.dtype, identity: str) -> None:
-        self.model = model.to(device)
+    `grow` makes the model that learns in the answering steps from the one that has learned until then.
+    """
+
+    def __init__(
+        self,
+        model: Nano,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        identity: str,
+        *,
+        grow: Callable[[Nano], Nano] | None = None,
+        compiles: bool = False,
+    ) -> None:
         self.plan = plan
         self.progress = Progress()
         self.seeing_loss = 0.0
-        self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        tower = model.tower.config
-        torch.manual_seed(0)
-        self.guide = Guide(tower.hidden_size, tower.shuffle_factor).to(device)
         self._device, self._dtype, self._identity = device, dtype, identity
-        self._optimisers = _optimisers(model, self.guide, plan)
+        self._grow, self._compiles = grow, compiles
+        self._begin_with(model)
 
     def step(self, batch: Batch) -> float:
         """Learn from a batch; return its loss, the mean over answer tokens by their weights.
 
         A step whose gradients are not numbers changes nothing.
         """
+        if self._grow and self.plan.is_answering(self.progress.step) and not self.progress.has_grown:
+            self._begin_with(self._grow(self.averaged()))
+            self.progress.has_grown = True
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 rate = self._learning_rate() * group["share"]
                 group["lr"] = rate if batch.situations or self.progress.situations else rate * self.plan.seeing_rate
         tensors = tensors_of(batch, self._device)
         if self.plan.is_answering(self.progress.step):
-            loss = self._answering_loss(tensors, self._seen(tensors))
-            loss.backward()  # type: ignore[no-untyped-call]
+            visual_tokens = self._projected(tensors)
+            loss = self._answering_loss(tensors, visual_tokens)
+            (loss + self.plan.size_loss_share * _size_loss(visual_tokens)).backward()  # type: ignore[no-untyped-call]
         else:
             loss, seeing = self._losses(tensors, has_answers=bool(batch.situations))
             (loss + self.plan.guide_share * seeing).backward()  # type: ignore[no-untyped-call]
             self.seeing_loss = float(seeing.detach())
+        if self.plan.changes_weights_after(self.progress.step):
+            self._change_weights()
+        self.progress.step += 1
+        self.progress.situations += batch.situations
+        self.progress.answers += len(batch.kinds)
+        return float(loss.detach())
+
+    def _change_weights(self) -> None:
         learning = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(learning, self.plan.clip)
         if torch.isfinite(norm):
@@ -116,10 +152,6 @@ class Trainer:
             self.progress.skipped_steps += 1
         for optimiser in self._optimisers:
             optimiser.zero_grad(set_to_none=True)
-        self.progress.step += 1
-        self.progress.situations += batch.situations
-        self.progress.answers += len(batch.kinds)
-        return float(loss.detach())
 
     def averaged(self) -> Nano:
         """Return a model with the averaged weights, on the CPU."""
@@ -133,6 +165,8 @@ class Trainer:
         tensors = {f"average.{name}": tensor for name, tensor in self.average.items()}
         for name, parameter in self._learning():
             tensors[name] = parameter.detach()
+            if parameter.grad is not None:  # of a batch after which the weights were not changed
+                tensors[f"grad.{name}"] = parameter.grad
             for moment, value in self._state_of(parameter).items():
                 tensors[f"{moment}.{name}"] = value.detach().float()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,13 +182,27 @@ class Trainer:
             if metadata.get("identity") != self._identity:
                 raise StateMismatch(f"{file} was written by {metadata.get('identity')}, this is {self._identity}.")
             self.progress = Progress(**json.loads(metadata["progress"]))
+            if self.progress.has_grown and self._grow:
+                self._begin_with(self._grow(self.model))
             names = set(stored.keys())
             for name, average in self.average.items():
                 average.copy_(stored.get_tensor(f"average.{name}"))
             for name, parameter in self._learning():
                 parameter.data.copy_(stored.get_tensor(name))
+                parameter.grad = stored.get_tensor(f"grad.{name}") if f"grad.{name}" in names else None
                 moments = [moment for moment in _MOMENTS if f"{moment}.{name}" in names]
                 self._state_of(parameter).update({moment: stored.get_tensor(f"{moment}.{name}") for moment in moments})
+
+    def _begin_with(self, model: Nano) -> None:
+        """Learn with this model from here on: optimisers, average and guide begin afresh."""
+        self.model = model.to(self._device)
+        if self._compiles:
+            self.model.compile_layers()
+        self.average = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        tower = model.tower.config
+        torch.manual_seed(0)
+        self.guide = Guide(tower.hidden_size, tower.shuffle_factor).to(self._device)
+        self._optimisers = _optimisers(self.model, self.guide, self.plan)
 
     def _learning(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield everything that learns, by the name it is saved under."""
@@ -180,12 +228,12 @@ class Trainer:
             return torch.zeros((), device=self._device), seeing
         return self._answering_loss(tensors, visual_tokens), seeing
 
-    @torch.no_grad()
-    def _seen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the visual tokens of a batch's tiles, as they are."""
+    def _projected(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the visual tokens of a batch's tiles, through which nothing but the projector learns."""
         with self._precision():
-            visual_tokens: torch.Tensor = self.model.visual_tokens(tensors["tiles"])
-        return visual_tokens
+            with torch.no_grad():
+                merged = self.model.merged_patches(tensors["tiles"])
+            return self.model.projected(merged)
 
     def _answering_loss(self, tensors: Mapping[str, torch.Tensor], visual_tokens: torch.Tensor) -> torch.Tensor:
         """Return the loss of the answers about pictures of which these are the visual tokens."""

@@ -44,7 +44,7 @@ class WorldConfig:
     max_aspect: float = 1.7
     textured_share: float = 0.4
     colour_jitter: int = 16
-    box_step: int = 10
+    box_step: int = 20
     chain_share: float = 0.12
     weights: SituationWeights = field(default_factory=SituationWeights)
 
