@@ -238,7 +238,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
 
 
-def _shape(name: str) -> dict[str, Any]:
+def shape_of(name: str) -> dict[str, Any]:
     """Return a checkpoint's language model, as its config.json describes it."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -268,7 +268,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     keep_freed_memory()  # as the service does
-    shape = _shape(arguments.shape)
+    shape = shape_of(arguments.shape)
     config = decoder_config(shape)
     decoder, library = models(config, shape, getattr(torch, arguments.dtype))
     works = [Work(length, streams) for length in arguments.lengths for streams in arguments.streams]

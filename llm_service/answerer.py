@@ -223,8 +223,9 @@ class Answerer:
                     yield self._told(candidate, own, options)
                     if candidate.has_ended:
                         ended.add(index)
-                if len(ended) < len(candidates):
-                    await asyncio.sleep(said_at + self._interval_s - time.monotonic())
+                rest_s = said_at + self._interval_s - time.monotonic()
+                if rest_s > 0 and len(ended) < len(candidates):
+                    await asyncio.sleep(rest_s)
         yield clock.finished([candidate.result() for candidate in candidates])
 
     def _told(self, candidate: Candidate, outputs: Iterable[TokenOutput], options: GenerationOptions) -> Delta:

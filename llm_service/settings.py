@@ -58,7 +58,7 @@ class LlmSettings(ServiceSettings, EmbeddingStoreSettings, StageTlsSettings):
         "go on at a token per max_step_seconds, so that whoever waits for a picture waits less",
     )
     stream_interval_seconds: float = Field(
-        0.01,
+        0.02,
         ge=0,
         description="least time between two messages of one answer; tokens that come sooner share one, which costs the "
         "services and the client less",

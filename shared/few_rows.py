@@ -21,7 +21,7 @@ class FewRowsMatrix:
     def __init__(self, kernel: Function, packed: torch.Tensor, shape: tuple[int, int]) -> None:
         self._kernel = kernel
         self._packed = packed  # keeps the memory
-        self._address = _address_of(packed)
+        self.address: Final = _address_of(packed)
         self._num_outputs, self._num_inputs = shape
 
     @classmethod
@@ -45,7 +45,7 @@ class FewRowsMatrix:
         self._kernel(
             inputs.data_ptr(),
             inputs.stride(0),
-            self._address,
+            self.address,
             None if bias is None else bias.data_ptr(),
             None if added is None else added.data_ptr(),
             0 if added is None else added.stride(0),

@@ -43,6 +43,12 @@ class PackedLinear(nn.Module):
         """Whether products with few rows are the native kernel's."""
         return self._few_rows is not None
 
+    @property
+    def kernel_address(self) -> int:
+        """Where the matrix lies, in the order that the native kernel reads; only where there `has_kernel`."""
+        assert self._few_rows is not None
+        return self._few_rows.address
+
     def hold(self, matrix: torch.Tensor) -> None:
         """Take a matrix [outputs, inputs] over; keeps nothing of it but the reordered copy."""
         self._matrix = _operators()._reorder_linear_weight(matrix, self._rows)

@@ -96,7 +96,8 @@ class ModelRunner:
         hidden: torch.Tensor = self._decoder.embed(ids.to(self._decoder.device))
         row = 0
         for tokens in batch:
-            splice_embeddings(hidden[row : row + tokens.count], tokens.seq, tokens.seq.num_computed)
+            if not tokens.seq.is_answering:  # what was generated holds no picture
+                splice_embeddings(hidden[row : row + tokens.count], tokens.seq, tokens.seq.num_computed)
             row += tokens.count
         return hidden
 

@@ -15,6 +15,7 @@ from torch import nn
 from llm_service.model.attention import BatchLayout, KVCache, StepAttention
 from llm_service.model.backends import attention_for
 from llm_service.model.config import DecoderConfig
+from llm_service.model.native_layers import NativeLayers
 from llm_service.model.rope import Rope, Rotation
 from llm_service.model.row_ops import rms_norm, rotate_, silu_and_multiply
 from shared.packed_linear import PackedLinear, added
@@ -100,6 +101,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head: nn.Module = _linear(config.hidden_size, config.vocab_size)
+        self._native: tuple[KVCache, NativeLayers | None] | None = None
         self.requires_grad_(False)
 
     @property
@@ -150,7 +152,11 @@ class Decoder(nn.Module):
 
         `positions` and `lengths` are int64 [tokens]: each token's position, and its sequence's length after this batch.
         """
-        rotation = Rotation.of(*rope.rotation(positions, lengths), hidden.dtype)
+        rotation = rope.rotation_in(hidden.dtype, positions, lengths)
+        native = self._native_over(cache)
+        if native is not None and native.take(layout):
+            last: torch.Tensor = self.norm(native.forward(hidden, rotation, layout))
+            return last
         for device, layers in self._runs:
             hidden, placed = hidden.to(device), rotation.to(device)
             step = attention_for(device, hidden.dtype, cache.block_size)(self.config, cache, layout.to(device))
@@ -158,6 +164,12 @@ class Decoder(nn.Module):
                 hidden = layer(hidden, placed, step)
         normed: torch.Tensor = self.norm(hidden)
         return normed
+
+    def _native_over(self, cache: KVCache) -> NativeLayers | None:
+        """Return what computes all layers at once; the layers do not change once a step has been computed."""
+        if self._native is None or self._native[0] is not cache:
+            self._native = cache, NativeLayers.of(self.config, cache, self._layers)
+        return self._native[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return float32 logits [rows, vocab] of final hidden states [rows, hidden]."""

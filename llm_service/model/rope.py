@@ -1,10 +1,13 @@
 """Rotary position embedding, half-split form: plain, dynamic NTK, and the long rope of Phi-3."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from llm_service.model.config import RopeConfig
+
+_LEAST_KNOWN: Final = 1024  # positions of which the rotation is kept
 
 
 class Rope:
@@ -22,6 +25,21 @@ class Rope:
         self._short = self._frequencies(config.theta, config.short_factors)
         self._amplitude = config.amplitude
         self._long = self._frequencies(config.theta, config.long_factors)
+        self._table: Rotation | None = None  # of the plain rotation, by position
+
+    def rotation_in(self, dtype: torch.dtype, positions: torch.Tensor, lengths: torch.Tensor) -> "Rotation":
+        """Return the rotation, for which see `rotation`, in the type of what is rotated.
+
+        On a CPU the plain one of whole positions is looked up: a step that decodes would wait for ten small operators.
+        """
+        is_plain = positions.device.type == "cpu" and not positions.is_floating_point() and self._are_short(lengths)
+        if not is_plain:
+            return Rotation.of(*self.rotation(positions, lengths), dtype)
+        count = int(positions.max()) + 1
+        if self._table is None or len(self._table.cos) < count or self._table.cos.dtype != dtype:
+            known = torch.arange(max(_LEAST_KNOWN, 1 << (count - 1).bit_length()))
+            self._table = Rotation.of(*self.rotation(known, torch.ones_like(known)), dtype)
+        return Rotation(self._table.cos.index_select(0, positions), self._table.sin.index_select(0, positions))
 
     def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, float32 [tokens, head_dim].
@@ -34,10 +52,13 @@ class Rope:
 
     def _frequencies_for(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return inverse frequencies, [head_dim / 2] where all sequences are short, else [tokens, head_dim / 2]."""
-        if self._config.kind == "default" or int(lengths.max()) <= self._config.plain_limit:
+        if self._are_short(lengths):
             return self._short
         rows = {length: self._for_length(length) for length in set(lengths.tolist())}
         return torch.stack([rows[int(length)] for length in lengths])
+
+    def _are_short(self, lengths: torch.Tensor) -> bool:
+        return self._config.kind == "default" or int(lengths.max()) <= self._config.plain_limit
 
     def _for_length(self, length: int) -> torch.Tensor:
         if length <= self._config.plain_limit:

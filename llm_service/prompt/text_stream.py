@@ -84,5 +84,8 @@ class TextStream:
 
 def overlap(text: str, stop: str) -> int:
     """Return the length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
-    longest = min(len(stop) - 1, len(text))
-    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+    end = text[max(0, len(text) - len(stop) + 1) :]
+    start = end.find(stop[0])
+    while start >= 0 and not stop.startswith(end[start:]):
+        start = end.find(stop[0], start + 1)
+    return len(end) - start if start >= 0 else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 LIBRARY: Final = Path(__file__).with_name("kernels.so")
-_SOURCES: Final = ("few_rows.c", "decoding.c", "attention.c")
+_SOURCES: Final = ("few_rows.c", "decoding.c", "attention.c", "layers.c")
 # Roundings are where the source has them.
 _FLAGS: Final = ("-O3", "-Wall", "-Wextra", "-fPIC", "-fopenmp", "-ffp-contract=off")
 _PROCESSOR: Final = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")

@@ -7,11 +7,11 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#include "bfloat16.h"
+#include "kernels.h"
 #include "tiles.h"
 
 /* Fewer numbers than this are done before other threads have been woken up. */
-enum { WORTH_SHARING = 1 << 15 };
+enum { WORTH_SHARING = 1 << 15, WORTH_SHARING_CACHE = 1 << 19 };
 
 /* outputs [rows, size] = round(round(inputs / sqrt(mean(inputs^2) + eps)) * weight) */
 void rms_norm(const bf16 *inputs, int64_t stride, const bf16 *weight, float eps, bf16 *outputs, int64_t rows,
@@ -234,14 +234,16 @@ int attend_to_cache(const bf16 *queries, int64_t query_stride, const bf16 *cache
                     int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, bf16 *outputs) {
     const attention of = {queries,    query_stride, cache,    lengths,  table_starts, tables,
                           block_size, heads,        kv_heads, head_dim, scale,        outputs};
-    int64_t longest = 0;
-    for (int64_t sequence = 0; sequence < count; sequence++)
+    int64_t longest = 0, total = 0;
+    for (int64_t sequence = 0; sequence < count; sequence++) {
         longest = lengths[sequence] > longest ? lengths[sequence] : longest;
+        total += lengths[sequence];
+    }
     const int64_t scratch = (longest + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * LANES;
     float *weights = aligned_alloc(64, (size_t)omp_get_max_threads() * scratch * sizeof(float));
     if (!weights)
         return 1;
-#pragma omp parallel
+#pragma omp parallel if (total * kv_heads * head_dim >= WORTH_SHARING_CACHE)
     {
         const uint8_t by_tile[8] = {TILE_ROWS, TILE_ROWS, LANES, 1, 1, 1, 1, 1};
         const thread_settings found = begin_attending(by_tile);

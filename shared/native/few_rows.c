@@ -18,7 +18,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "bfloat16.h"
+#include "kernels.h"
 #include "tiles.h"
 
 enum {
@@ -120,6 +120,10 @@ static inline void multiply(const product *of, const bf16 *block, int first_outp
     }
 }
 
+/* A matrix of fewer numbers than this (1.5 MB) is multiplied before another thread has come to help: all wait for the last
+ * one, and beside a service's other threads and processes a core may be long in coming. */
+enum { WORTH_SHARING = 3 << 18 };
+
 /* Compute a product of 1 to 32 rows. Blocks of outputs are shared out among OpenMP's threads. */
 void few_rows_linear(const bf16 *inputs, int64_t input_stride, const bf16 *matrix, const bf16 *bias, const bf16 *added,
                      int64_t added_stride, bf16 *outputs, int64_t output_stride, int rows, int num_outputs,
@@ -135,7 +139,7 @@ void few_rows_linear(const bf16 *inputs, int64_t input_stride, const bf16 *matri
         for (int row = 0; row < rows; row++)
             memcpy(rest + row * BLOCK, inputs + row * input_stride + whole, (num_inputs - whole) * sizeof(bf16));
     }
-#pragma omp parallel
+#pragma omp parallel if ((int64_t)num_outputs * num_inputs >= WORTH_SHARING)
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int end = (int)(num_blocks * (thread + 1) / threads);

@@ -25,7 +25,7 @@ _ADDRESS, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 class Kernels:
     """The functions, named and explained in the sources in C. They let other threads run meanwhile.
 
-    Those that attend raise `MemoryError`.
+    Those that attend and `decode_layers` raise `MemoryError`.
     """
 
     few_rows_linear: Function
@@ -34,6 +34,7 @@ class Kernels:
     rotate: Function
     attend_to_cache: Function
     attend: Function
+    decode_layers: Function
 
 
 _ARGUMENTS: Final = {
@@ -61,8 +62,15 @@ _ARGUMENTS: Final = {
         *(_LONG, _LONG, _LONG, _INT, _FLOAT),  # heads, kv heads, head dim, whether causal, scale
         _ADDRESS,  # outputs
     ),
+    "decode_layers": (
+        *(_ADDRESS, _INT),  # hidden states, rows
+        *(_ADDRESS, _LONG, _ADDRESS),  # layers, how many, sizes
+        *(_FLOAT, _FLOAT),  # epsilon of norms, scale
+        *(_ADDRESS, _ADDRESS),  # cosines, sines
+        *(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS),  # slots, lengths, starts, tables
+    ),
 }
-_ALLOCATING: Final = ("attend_to_cache", "attend")  # these say whether there was no memory
+_ALLOCATING: Final = ("attend_to_cache", "attend", "decode_layers")  # these say whether there was no memory
 
 
 @cache

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm_service.model.config import RopeConfig, decoder_config
-from llm_service.model.rope import Rope
+from llm_service.model.rope import Rope, Rotation
 from shared.errors import CheckpointError
 from tests.golden_cases import GOLDEN
 
@@ -71,6 +71,24 @@ def test_each_sequence_of_a_batch_is_rotated_by_its_own_length() -> None:
         alone = [last_rotation(rope, int(length)) for length in lengths]
         assert torch.equal(cos, torch.stack([pair[0] for pair in alone]))
         assert torch.equal(sin, torch.stack([pair[1] for pair in alone]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ROPE["cases"], ids=lambda case: f"{case['kind']}-{case['seq_len']}")
+def test_what_is_looked_up_is_what_is_computed(case: dict[str, Any], dtype: torch.dtype) -> None:
+    rope = rope_of(case)
+    for lengths in ((3, 1), (1025, 900), (5000,), (case["seq_len"], 2)):  # the table grows meanwhile
+        of = torch.tensor(lengths)
+        found, expected = rope.rotation_in(dtype, of - 1, of), Rotation.of(*rope.rotation(of - 1, of), dtype)
+        tolerance = {"atol": 1e-6 if dtype == torch.float32 else 2**-8, "rtol": 0.0}  # cosines of vectors and of one
+        torch.testing.assert_close(found.cos, expected.cos, **tolerance)
+        torch.testing.assert_close(found.sin, expected.sin, **tolerance)
+
+
+def test_positions_between_whole_ones_are_computed() -> None:
+    rope, positions, lengths = rope_of(ROPE["cases"][0]), torch.tensor([0.5, 7.25]), torch.ones(2, dtype=torch.int64)
+    found = rope.rotation_in(torch.float32, positions, lengths)
+    assert torch.equal(found.cos, Rotation.of(*rope.rotation(positions, lengths), torch.float32).cos)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_service.prompt.text_stream import TextStream
+from llm_service.prompt.text_stream import TextStream, overlap
 from llm_service.prompt.tokenizer import Tokenizer, load_tokenizer
 from tests.golden_cases import ALL_CHECKPOINTS, CHECKPOINTS, GOLDEN
 
@@ -51,6 +51,12 @@ def test_text_is_cut_where_the_earliest_stop_sequence_begins(text: str, stops: l
     result = "".join(streamed(token_ids, tuple(stops)))
     assert at_once(token_ids).startswith(result) or result == at_once(token_ids, tuple(stops))
     assert not any(stop in result for stop in stops)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="ab", max_size=9), stop=st.text(alphabet="ab", min_size=1, max_size=6))
+def test_an_overlap_is_the_longest_beginning_that_a_text_ends_with(text: str, stop: str) -> None:
+    assert overlap(text, stop) == max(length for length in range(len(stop)) if text.endswith(stop[:length]))
 
 
 @cache

@@ -1,0 +1,99 @@
+"""All layers of a decoder in one native call: for steps in which each of a few sequences has a single new token."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Final, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_service.model.attention import BatchLayout, KVCache
+from llm_service.model.config import DecoderConfig
+from llm_service.model.cpu_attention import can_attend_natively
+from llm_service.model.rope import Rotation
+from shared.few_rows import MOST_ROWS
+from shared.native.library import Kernels, kernels
+from shared.packed_linear import PackedLinear
+
+_ADDRESSES: Final = 11  # of a layer, in the order of `layers.c`
+
+
+class NativeLayers:
+    """A decoder's layers over one cache. What it computes is what the layers compute one by one, bit for bit."""
+
+    def __init__(self, native: Kernels, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module]) -> None:
+        self._native, self._config, self.cache = native, config, cache
+        addresses = [_addresses_of(layer, cache, index) for index, layer in enumerate(layers)]
+        self._layers = np.array(addresses, np.int64)
+        self._sizes = np.array(
+            (
+                *(config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads),
+                *(config.head_dim, cache.block_size),
+            ),
+            np.int64,
+        )
+
+    @classmethod
+    def of(cls, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module]) -> Self | None:
+        """Return the layers for a cache, or None where something in them is not for the native kernels."""
+        native = kernels()
+        if native is None or not can_attend_natively(config, cache):
+            return None
+        modules = list(chain.from_iterable(layer.modules() for layer in layers))
+        weights = chain.from_iterable(module.parameters(recurse=False) for module in modules)
+        plain = any(isinstance(module, nn.Linear) for module in modules)
+        packed = [module for module in modules if isinstance(module, PackedLinear)]
+        fits = all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
+        if plain or not fits or len(packed) != 4 * len(layers) or not all(one.has_kernel for one in packed):
+            return None
+        return cls(native, config, cache, layers)
+
+    def take(self, layout: BatchLayout) -> bool:
+        """Whether `forward` can compute a batch."""
+        return len(layout.spans) <= MOST_ROWS and all(span.count == 1 for span in layout.spans)
+
+    def forward(self, hidden: torch.Tensor, rotation: Rotation, layout: BatchLayout) -> torch.Tensor:
+        """Return [tokens, hidden] of [tokens, hidden], which is written over; the cache is written to, too."""
+        spans, config = layout.spans, self._config
+        lengths = np.array([span.length for span in spans], np.int64)
+        counts = np.array([len(span.blocks) for span in spans], np.int64)
+        starts = counts.cumsum() - counts
+        tables = torch.cat([span.blocks for span in spans])
+        self._native.decode_layers(
+            hidden.data_ptr(),
+            len(spans),
+            self._layers.ctypes.data,
+            len(self._layers),
+            self._sizes.ctypes.data,
+            config.norm_eps,
+            config.head_dim**-0.5,
+            rotation.cos.data_ptr(),
+            rotation.sin.data_ptr(),
+            layout.slots.data_ptr(),
+            lengths.ctypes.data,
+            starts.ctypes.data,
+            tables.data_ptr(),
+        )
+        return hidden
+
+
+def _addresses_of(layer: nn.Module, cache: KVCache, index: int) -> tuple[int, ...]:
+    attention, mlp = layer.get_submodule("attention"), layer.get_submodule("mlp")
+    found = (
+        layer.get_parameter("attention_norm.weight").data_ptr(),
+        *_packed(attention.get_submodule("qkv")),
+        *_packed(attention.get_submodule("out")),
+        layer.get_parameter("mlp_norm.weight").data_ptr(),
+        *_packed(mlp.get_submodule("gate_up")),
+        *_packed(mlp.get_submodule("down")),
+        cache.layer(index).rows.data_ptr(),
+    )
+    assert len(found) == _ADDRESSES
+    return found
+
+
+def _packed(module: nn.Module) -> tuple[int, int]:
+    """Return where a layer's matrix and bias are; 0 where it has no bias."""
+    assert isinstance(module, PackedLinear)
+    return module.kernel_address, 0 if module.bias is None else module.bias.data_ptr()
