@@ -33,7 +33,7 @@ from llm_service.prompt.writer import PromptWriter
 from llm_service.schema.compiler import SchemaCompiler
 from llm_service.servicer import LlmServicer
 from llm_service.settings import LlmSettings
-from shared.busy_sign import BusySign
+from shared.busy_sign import BusySign, Side
 from shared.checkpoint import InternVLConfig, read_config, read_json
 from shared.erasures import heeding_erasures
 from shared.errors import CheckpointError
@@ -137,7 +137,7 @@ class LoadedModel:
             max_tokens=settings.max_context_tokens or self.decoder.config.rope.max_positions,
         )
         on_cpu = self.decoder.device.type == "cpu"
-        neighbour = BusySign.at(settings.neighbour_file) if on_cpu else None
+        neighbour = BusySign.at(settings.neighbour_file, Side.LANGUAGE) if on_cpu else None
         return PagedEngine(*self.runner(), limits, partial(rotation_of, self.decoder.config.rope), neighbour)
 
     def runner(self) -> tuple[ModelRunner, BlockManager]:

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from internvl_serving.vision.v1 import vision_service_pb2, vision_service_pb2_grpc
 from shared.announcements import Announcements
-from shared.busy_sign import BusySign
+from shared.busy_sign import BusySign, Side
 from shared.checkpoint import Checkpoint, InternVLConfig, read_config
 from shared.embedding import MAX_SIZE_BYTES
 from shared.erasures import CHANNEL as ERASED
@@ -74,7 +74,7 @@ async def lifespan(
     async with AsyncExitStack() as stack:
         max_tiles = _max_batch_tiles(settings)
         loads = [partial(_load, settings, config, name) for name in settings.devices.split(",")]
-        sign = BusySign.at(settings.neighbour_file)
+        sign = BusySign.at(settings.neighbour_file, Side.VISION)
         runners = [ModelRunner(load, max_tiles, sign) for load in loads]
         for runner in runners:
             stack.callback(runner.close)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 
@@ -23,6 +24,10 @@ from vision_service.preprocess.image import Tiles
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+# How long a block of the tower waits at most: a step that reads a prompt may take longer, and another follow at once.
+_LONGEST_WAIT_S: Final = 0.25
 
 
 class WorkerPool:
@@ -54,7 +59,7 @@ class ModelRunner:
     """Owns one replica of the vision tower and the one thread that touches it. `load` is called on that thread.
 
     `max_tiles` is how many tiles there are at most in a call of `encode`, as a rule. A tower on a CPU raises `sign`
-    while it computes.
+    while it computes, and before each of its blocks waits for a neighbour that does.
     """
 
     def __init__(self, load: Callable[[], LoadedTower], max_tiles: int = 16, sign: BusySign | None = None) -> None:
@@ -100,6 +105,9 @@ class ModelRunner:
 
     def _load_pass(self) -> tuple[LoadedTower, TowerPass]:
         loaded = self._load()
+        if self._sign and loaded.device.type == "cpu":
+            for block in loaded.tower.vision_model.encoder.layers:
+                block.register_forward_pre_hook(partial(_wait, self._sign))
         return loaded, pass_of(loaded, self._max_tiles)
 
     def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
@@ -113,3 +121,8 @@ class ModelRunner:
             self._num_ended += 1
         parts = torch.split(visual_tokens, [len(picture) for picture in pictures])
         return [part.flatten(0, 1) for part in parts]
+
+
+def _wait(sign: BusySign, *_: object) -> None:
+    """Let the neighbour's step end, before a block of the tower."""
+    sign.wait_for_neighbour(_LONGEST_WAIT_S)

@@ -107,6 +107,8 @@ def _card(training: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
             )
         },
         training_seed=training["seed"],
+        grow=f" --grow {training['grow']}" if training.get("grow") else "",
+        grown=_GROWN if training.get("grow") else "",
     )
 
 
@@ -164,10 +166,10 @@ something wrong, in the same few words. Its world has no people, so it has learn
 {steps:,} steps on {situations:,} situations (pictures with several dialogues about each) with {answers:,} answers. The
 first {seeing:,} steps were on crowded pictures without any words, and so was every fourth step later. All along a layer
 that is not part of the model read from the visual tokens what each patch shows, which only a drawn world can tell. In
-the last {answering:,} steps the vision tower was left as it was, and the language model learned alone. It took
-{hours:.1f} hours on {machine}. Again, from the repository's root:
+the last {answering:,} steps the vision transformer was left as it was; the rest learned alone{grown}.
+It took {hours:.1f} hours on {machine}. Again, from the repository's root:
 
-    python -m examples.nano.train --shape {shape} --seed {training_seed} --steps {steps} --seeing {seeing} \\
+    python -m examples.nano.train --shape {shape}{grow} --seed {training_seed} --steps {steps} --seeing {seeing} \\
         --easy {easy} --answering {answering} --learning-rate {learning_rate}
 
 ![Learning curve](learning-curve.png)
@@ -175,6 +177,9 @@ the last {answering:,} steps the vision tower was left as it was, and the langua
 Everything in its pictures is drawn by `examples/nano/world`; the fonts are Lato, Source Serif Pro (SIL Open Font
 License) and Aileron (public domain). The licence of the weights is that of the repository.
 """
+
+
+_GROWN: Final = ", after the language model\nhad grown: wider and deeper, but computing the same"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -120,7 +120,7 @@ class PagedEngine:
         rotation_of: RotationOf = always_plain,
         neighbour: BusySign | None = None,
     ) -> None:
-        """While `neighbour` is raised, answers go on no faster than the limit of a step demands."""
+        """While a neighbour says that it is busy, answers go on no faster than the limit of a step demands."""
         assert limits.step.max_tokens >= limits.max_sequences
         self._runner = runner
         self._blocks = blocks
@@ -268,7 +268,7 @@ class PagedEngine:
                     deliveries = self._compute(batch)
                     self._num_steps += 1
                     self._deliver(deliveries)
-                    if self._neighbour is not None and self._neighbour.is_raised():
+                    if self._neighbour is not None and self._neighbour.neighbour_is_busy():
                         self._give_way(batch, began)
         except Exception:
             log.critical("engine_stopped", exc_info=True)
@@ -312,8 +312,7 @@ class PagedEngine:
     def _give_way(self, batch: list[ScheduledTokens], began: float) -> None:
         """Leave the processors to the neighbour for the rest of what a step may take, unless a prompt is being read.
 
-        Whoever waits for it has seen nothing yet. Two that compute on all processors at once would take turns within
-        every operation, and both be slower than by turns of their own.
+        Whoever waits for it has seen nothing yet.
         """
         rest_s = began + self._longest_step_s - time.monotonic()
         if rest_s > 0 and all(tokens.seq.is_decoding for tokens in batch):
@@ -326,7 +325,8 @@ class PagedEngine:
         for tokens in batch:
             tokens.seq.start_time = tokens.seq.start_time or now
         try:
-            sampled = self._runner.step(batch)
+            with self._neighbour.raised() if self._neighbour else nullcontext():
+                sampled = self._runner.step(batch)
             self._pace.note(sum(tokens.count for tokens in batch), time.monotonic() - now)
             return self._advance(batch, sampled)
         except Exception as error:  # whatever a model raises is one sequence's failure

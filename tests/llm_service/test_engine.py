@@ -14,7 +14,7 @@ from llm_service.engine.block_manager import BlockManager
 from llm_service.engine.engine import EngineLimits, PagedEngine
 from llm_service.engine.pace import StepLimits
 from llm_service.engine.sequence import EngineRequest, FinishReason, TokenOutput
-from shared.busy_sign import BusySign
+from shared.busy_sign import BusySign, Side
 from shared.errors import InternalError, PromptTooLong
 from tests.engine_outputs import each
 from tests.llm_service.fakes_llm import LIMITS, FakeRunner, continuation, request, running
@@ -164,10 +164,11 @@ async def test_generation_goes_on_behind_known_tokens() -> None:
 async def test_while_the_neighbour_is_at_work_answers_wait_after_each_token_and_questions_do_not(
     tmp_path: Path,
 ) -> None:
-    sign, runner = BusySign(tmp_path / "neighbour"), FakeRunner()
+    tower, sign = (BusySign(tmp_path / "neighbour", side) for side in Side)
+    runner = FakeRunner()
     patient = replace(LIMITS, step=replace(LIMITS.step, busy_s=600.0))  # longer than any test
     async with running(runner, limits=patient, neighbour=sign) as engine:
-        with sign.raised():
+        with tower.raised():
             first = asyncio.create_task(ids_of(engine, request([1], 50)))
             # The prompt is read at once; then nothing happens until somebody comes.
             while len(runner.batches) < 1:
@@ -177,6 +178,20 @@ async def test_while_the_neighbour_is_at_work_answers_wait_after_each_token_and_
             assert not first.done()
         third = asyncio.create_task(ids_of(engine, request([3], 4)))
         assert await asyncio.wait_for(asyncio.gather(first, third), 20) == [continuation([1], 50), continuation([3], 4)]
+
+
+async def test_the_neighbour_is_told_of_each_step_while_it_is_computed(tmp_path: Path) -> None:
+    tower, sign = (BusySign(tmp_path / "neighbour", side) for side in Side)
+    runner = FakeRunner()
+    runner.gate.clear()
+    async with running(runner, neighbour=sign) as engine:
+        assert not tower.neighbour_is_busy()
+        task = asyncio.create_task(ids_of(engine, request([1], 2)))
+        while not tower.neighbour_is_busy():
+            await asyncio.sleep(0.001)
+        runner.gate.set()
+        await asyncio.wait_for(task, 20)
+        assert not tower.neighbour_is_busy()
 
 
 async def test_a_fault_of_the_scheduler_fails_every_request_and_refuses_new_ones() -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from shared.busy_sign import BusySign, Side
 from shared.checkpoint import Checkpoint, read_config
 from shared.stall import Progress
 from tests.golden_cases import GOLDEN
@@ -48,4 +50,20 @@ async def test_a_batch_that_failed_has_left_the_tower() -> None:
     with pytest.raises(RuntimeError):
         await runner.encode([np.zeros((1, 4, 4, 3), np.uint8)])  # smaller than a patch
     assert runner.progress() == Progress(1, has_work=False)
+    runner.close()
+
+
+async def test_the_tower_waits_for_a_step_of_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vision_service.runner._LONGEST_WAIT_S", 600.0)
+    sign, language = (BusySign(tmp_path / "neighbour", side) for side in Side)
+    runner = ModelRunner(load_tiny, sign=sign)
+    await runner.load()
+    with language.raised():
+        encoding = asyncio.create_task(runner.encode([PICTURE]))
+        while not language.neighbour_is_busy():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)  # as long as the tiny tower takes, many times over
+        assert runner.progress() == Progress(0, has_work=True)
+    await asyncio.wait_for(encoding, 20)
+    assert not language.neighbour_is_busy()
     runner.close()
