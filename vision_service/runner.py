@@ -5,11 +5,11 @@ This is the file where asyncio ends: `await` on one side, plain synchronous code
 
 import asyncio
 import contextvars
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-# How long a block of the tower waits at most: a step that reads a prompt may take longer, and another follow at once.
+# How long a block of the tower waits at most: a step that reads a prompt may take longer.
 _LONGEST_WAIT_S: Final = 0.25
 
 
@@ -106,8 +106,9 @@ class ModelRunner:
     def _load_pass(self) -> tuple[LoadedTower, TowerPass]:
         loaded = self._load()
         if self._sign and loaded.device.type == "cpu":
+            courtesy = _Courtesy(self._sign)
             for block in loaded.tower.vision_model.encoder.layers:
-                block.register_forward_pre_hook(partial(_wait, self._sign))
+                block.register_forward_pre_hook(courtesy)
         return loaded, pass_of(loaded, self._max_tiles)
 
     def _encode(self, pictures: Sequence[Tiles]) -> list[torch.Tensor]:
@@ -123,6 +124,17 @@ class ModelRunner:
         return [part.flatten(0, 1) for part in parts]
 
 
-def _wait(sign: BusySign, *_: object) -> None:
-    """Let the neighbour's step end, before a block of the tower."""
-    sign.wait_for_neighbour(_LONGEST_WAIT_S)
+class _Courtesy:
+    """Lets the neighbour's step end before a block of the tower; for no longer than the tower itself has worked since.
+
+    So the tower keeps half of the processors at least, however small it is and however busy the neighbour.
+    """
+
+    def __init__(self, sign: BusySign) -> None:
+        self._sign = sign
+        self._working_since = time.monotonic()
+
+    def __call__(self, *_: object) -> None:
+        worked_s = time.monotonic() - self._working_since
+        self._sign.wait_for_neighbour(min(_LONGEST_WAIT_S, worked_s))
+        self._working_since = time.monotonic()

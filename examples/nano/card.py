@@ -144,10 +144,10 @@ give 16 visual tokens; a picture gets up to 4 tiles and a thumbnail.
 
 ## What it knows
 
-One to five coloured shapes (8 shapes, 10 colours), numbers of up to four digits, a list of short words, bar charts of
-three to five bars, two or three pictures compared, clips of three to five frames. It answers in few words: a colour, a
-shape, a number, one of nine places ("top left" to "bottom right"), "yes", "no", "Image-2", "Frame3". Asked for what
-lies outside, it says "I cannot see that."
+One to five coloured shapes (8 shapes, 10 colours; in three of four pictures up to three), numbers of up to four digits,
+a list of short words, bar charts of three to five bars, two or three pictures compared, clips of three to five frames.
+It answers in few words: a colour, a shape, a number, one of nine places ("top left" to "bottom right"), "yes", "no",
+"Image-2", "Frame3". Asked for what lies outside, it says "I cannot see that."
 
 ## How right it is
 

@@ -33,7 +33,7 @@ PICTURES = Path(__file__).parents[2] / "examples/nano/pictures"
 # Never trained on, and not the seed of the model card.
 SEED, NUM_QUESTIONS, CONCURRENCY = 70_707, 200, 16
 # What its card says, less what 200 questions may differ by. A picture in the wrong place costs far more than that.
-LEAST_RIGHT, LEAST_OVERLAP = 0.88, 0.48
+LEAST_RIGHT, LEAST_OVERLAP = 0.9, 0.6
 PAPER = Background("plain", (248, 248, 244), (248, 248, 244))
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from examples.nano.world.chance import Rng, between, chance, pick, shuffled
+from examples.nano.world.chance import Rng, between, chance, pick, shuffled, weighted
 from examples.nano.world.config import WorldConfig
 from examples.nano.world.fonts import FACES, ink_box
 from examples.nano.world.scene import Background, Bar, Scene, Thing, Writing
@@ -45,7 +45,7 @@ def canvas(rng: Rng, config: WorldConfig, *, large_share: float | None = None) -
 
 def shapes_scene(rng: Rng, config: WorldConfig, on: Canvas, count: int | None = None) -> Scene:
     """Return a scene of things; `count` is the number tried for, and one is there at least."""
-    wanted = count or 1 + int(rng.integers(config.max_things))
+    wanted = count or 1 + weighted(rng, config.count_weights[: config.max_things])
     colours, shapes = _names(rng, config, on.background, wanted)
     things: list[Thing] = []
     for _ in range(wanted):

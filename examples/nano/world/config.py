@@ -25,14 +25,16 @@ class WorldConfig:
     """What the world holds. Sizes without a unit are fractions; `share` is a chance.
 
     `thing_size` is a thing's diameter as a part of the picture's longer side, `glyph_height` that of a digit as a part
-    of its height; `picture_px` is the square root of the area. `chain_share` is how many situations are one long
-    dialogue and not many short ones. Boxes are rounded to `box_step` thousandths.
+    of its height; `picture_px` is the square root of the area. `count_weights` say how often there is one thing, how
+    often there are two, and so on. `chain_share` is how many situations are one long dialogue and not many short ones.
+    Boxes are rounded to `box_step` thousandths.
     """
 
     colours: tuple[str, ...] = tuple(COLOURS)
     shapes: tuple[str, ...] = SHAPES
     words: tuple[str, ...] = WORDS
     max_things: int = 5
+    count_weights: tuple[float, ...] = (5, 5, 5, 3, 2)
     thing_size: tuple[float, float] = (0.20, 0.44)
     glyph_height: tuple[float, float] = (0.20, 0.50)
     max_digits: int = 4
