@@ -23,9 +23,12 @@ def grown(small: Nano, large: Nano) -> Nano:
     if small.decoder.config.head_dim != large.decoder.config.head_dim:
         raise ValueError("Only more heads can be added; their size has to stay.")
     large.tower.vision_model.load_state_dict(small.tower.vision_model.state_dict())
-    _grow_projector(small, large)
-    _copy_into(large.decoder.embed, small.decoder.embed, writes=True)
-    _copy_into(_linear(large.decoder.head), _linear(small.decoder.head))
+    norm, first, _, second = small.tower.mlp1
+    large.tower.mlp1[0].load_state_dict(norm.state_dict())
+    _copy_into(large.tower.mlp1[1], first)
+    _copy_into(large.tower.mlp1[3], second, writes=True, inner=True)
+    _copy_into(large.decoder.embed, small.decoder.embed, inner=True)
+    _copy_into(large.decoder.head, small.decoder.head)
     _grow_norm(large.decoder.norm.weight, small.decoder.norm.weight)
     layers = zip(small.decoder.layers, large.decoder.layers, strict=False)
     for old, new in layers:
@@ -37,15 +40,6 @@ def grown(small: Nano, large: Nano) -> Nano:
         new.attention.out.weight.zero_()
         new.mlp.down.weight.zero_()
     return large
-
-
-def _grow_projector(small: Nano, large: Nano) -> None:
-    for index in (0, 1, 3):
-        old, new = small.tower.mlp1[index], large.tower.mlp1[index]
-        if index == 0:
-            new.load_state_dict(old.state_dict())
-        else:
-            _copy_into(new, old, writes=index == 3, inner=index == 3)
 
 
 def _grow_layer(small: Nano, large: Nano, old: DecoderLayer, new: DecoderLayer) -> None:
@@ -69,15 +63,12 @@ def _grow_layer(small: Nano, large: Nano, old: DecoderLayer, new: DecoderLayer) 
 def _copy_into(new: nn.Module, old: nn.Module, *, writes: bool = False, inner: bool = False) -> None:
     """Copy a weight, and its bias, into the first rows and columns of a larger one.
 
-    With `writes` the residual stream's new parts get nothing from it, with `inner` nothing is taken from new inputs.
+    With `writes` its new rows are zero, with `inner` its new columns.
     """
     target: torch.Tensor = new.weight  # type: ignore[assignment]
     source: torch.Tensor = old.weight  # type: ignore[assignment]
     rows, columns = source.shape
-    is_table = isinstance(new, nn.Embedding)
-    if writes and is_table:
-        target[:, columns:] = 0
-    elif writes:
+    if writes:
         target[rows:] = 0
     if inner:
         target[:, columns:] = 0
@@ -94,8 +85,3 @@ def _grow_norm(new: torch.Tensor, old: torch.Tensor) -> None:
 
 def _starts(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     return 0, sizes[0], sizes[0] + sizes[1]
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from llm_service.model.config import DecoderConfig
@@ -25,6 +26,30 @@ class Span:
     def count(self) -> int:
         """How many of the batch's rows are the sequence's."""
         return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTokens:
+    """What sequences know, as the native kernels read it; int64 all three.
+
+    `lengths` [sequences] count tokens; the blocks of sequence i are `tables` [blocks] from `starts[i]` on.
+    """
+
+    lengths: np.ndarray
+    starts: np.ndarray
+    tables: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> "KnownTokens":
+        """Return what the sequences of these spans know."""
+        counts = np.array([len(span.blocks) for span in spans], np.int64)
+        lengths = np.array([span.length for span in spans], np.int64)
+        return cls(lengths, counts.cumsum() - counts, torch.cat([span.blocks for span in spans]))
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the three lie, in this order."""
+        return self.lengths.ctypes.data, self.starts.ctypes.data, self.tables.data_ptr()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from llm_service.model.attention import BatchLayout, CachedLayer, KVCache, Span
+from llm_service.model.attention import BatchLayout, CachedLayer, KnownTokens, KVCache, Span
 from llm_service.model.config import DecoderConfig
 from shared import tile_attention
 from shared.native.library import Function, kernels
@@ -71,10 +71,7 @@ class _Native:
     def __init__(self, attend: Function, config: DecoderConfig, block_size: int, spans: Sequence[Span]) -> None:
         self.rows = _rows_of(spans)
         self._attend = attend
-        self._lengths = np.array([span.length for span in spans], np.int64)
-        counts = [len(span.blocks) for span in spans]
-        self._starts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
-        self._tables = torch.cat([span.blocks for span in spans])
+        self._known_tokens = KnownTokens.of(spans)
         self._sizes = (len(spans), block_size, config.num_heads, config.num_kv_heads, config.head_dim)
         self._scale = config.head_dim**-0.5
 
@@ -84,9 +81,7 @@ class _Native:
             queries.data_ptr(),
             queries.stride(0),
             known.rows.data_ptr(),
-            self._lengths.ctypes.data,
-            self._starts.ctypes.data,
-            self._tables.data_ptr(),
+            *self._known_tokens.addresses,
             *self._sizes,
             self._scale,
             outputs.data_ptr(),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_service.model.attention import BatchLayout, KVCache
+from llm_service.model.attention import BatchLayout, KnownTokens, KVCache
 from llm_service.model.config import DecoderConfig
 from llm_service.model.cpu_attention import can_attend_natively
 from llm_service.model.rope import Rotation
@@ -23,7 +23,8 @@ class NativeLayers:
     """A decoder's layers over one cache. What it computes is what the layers compute one by one, bit for bit."""
 
     def __init__(self, native: Kernels, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module]) -> None:
-        self._native, self._config, self.cache = native, config, cache
+        self._native, self._config = native, config
+        self._cache = cache  # keeps the memory
         addresses = [_addresses_of(layer, cache, index) for index, layer in enumerate(layers)]
         self._layers = np.array(addresses, np.int64)
         self._sizes = np.array(
@@ -55,14 +56,10 @@ class NativeLayers:
 
     def forward(self, hidden: torch.Tensor, rotation: Rotation, layout: BatchLayout) -> torch.Tensor:
         """Return [tokens, hidden] of [tokens, hidden], which is written over; the cache is written to, too."""
-        spans, config = layout.spans, self._config
-        lengths = np.array([span.length for span in spans], np.int64)
-        counts = np.array([len(span.blocks) for span in spans], np.int64)
-        starts = counts.cumsum() - counts
-        tables = torch.cat([span.blocks for span in spans])
+        config, known = self._config, KnownTokens.of(layout.spans)
         self._native.decode_layers(
             hidden.data_ptr(),
-            len(spans),
+            len(layout.spans),
             self._layers.ctypes.data,
             len(self._layers),
             self._sizes.ctypes.data,
@@ -71,9 +68,7 @@ class NativeLayers:
             rotation.cos.data_ptr(),
             rotation.sin.data_ptr(),
             layout.slots.data_ptr(),
-            lengths.ctypes.data,
-            starts.ctypes.data,
-            tables.data_ptr(),
+            *known.addresses,
         )
         return hidden
 

@@ -15,21 +15,17 @@ from llm_service.model.native_layers import NativeLayers
 from llm_service.model.rope import Rope
 from shared.native.library import kernels
 from tests.golden_models import CPU
-from tests.llm_service.test_attention import BLOCK, layout_of
+from tests.llm_service.test_attention import BLOCK, CONFIG, layout_of
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="the kernels were not compiled, or this processor has no AMX")
-PLAIN = DecoderConfig(
+PLAIN = replace(
+    CONFIG,
     hidden_size=160,
     num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
     head_dim=32,
     intermediate_size=200,
     vocab_size=50,
     norm_eps=1e-5,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
     rope=RopeConfig(1e4, "default", 1.0, 64),
 )
 BIASED = replace(PLAIN, qkv_bias=True, out_bias=True, mlp_bias=True, hidden_size=96, num_kv_heads=6)
