@@ -15,7 +15,8 @@ from deploy.local import LocalStack
 from deploy.local.demo import NANO
 from examples.nano.accuracy import Tally
 from examples.nano.evaluate import Result, ask_all, messages_of, tally_of
-from examples.nano.world import Scene, Situation, Thing, draw, held_out
+from examples.nano.world import Scene, Situation, Thing, Writing, draw, held_out
+from examples.nano.world.fonts import ink_box
 from examples.nano.world.scene import Background
 from examples.nano.world.vocabulary import COLOURS
 from internvl_client import AsyncClient, Client, Image, Message
@@ -71,6 +72,14 @@ def _image(scene: Scene) -> Image:
     stream = io.BytesIO()
     draw(scene).save(stream, "PNG")
     return Image.from_bytes(stream.getvalue())
+
+
+def number(text: str) -> Image:
+    face, size = "lato-bold", 56
+    left, top, right, bottom = ink_box(text, face, size)
+    x, y = round(75 - (left + right) / 2), round(60 - (top + bottom) / 2)
+    box = (left + x, top + y, right + x, bottom + y)
+    return _image(Scene(150, 120, PAPER, (), Writing(text, "blue", COLOURS["blue"], face, size, x, y, box)))
 
 
 def frames(xs: Sequence[float]) -> list[str | Image]:
@@ -155,6 +164,12 @@ def test_pictures_keep_their_order(client: Client) -> None:
     for question, of_star in (("Which image shows a star?", True), ("Which image shows a blue shape?", False)):
         assert which(star, square, question) == ("Image-1" if of_star else "Image-2")
         assert which(square, star, question) == ("Image-2" if of_star else "Image-1")
+
+
+def test_each_of_three_pictures_is_read_in_its_place(client: Client) -> None:
+    parts = ["Image-1: ", number("27"), "\nImage-2: ", number("485"), "\nImage-3: ", number("9")]
+    asked = [client.ask(*parts, f"\nWhat number is in Image-{index}?").text for index in (1, 2, 3)]
+    assert asked == ["27", "485", "9"]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
