@@ -26,6 +26,7 @@ _PUBLIC_SERVICE = "/grpc.health."  # answers everybody
 _OPEN_SERVICES = (_PUBLIC_SERVICE, "/grpc.reflection.")  # answer whatever the state of the server
 DEFAULT_STALL_S: Final = 30.0
 _STATUS_S: Final = 1.5  # what a status gets to reach a client; longer it waits behind messages that nobody reads
+_REST_S: Final = 2.0  # what a client gets to send the rest of a stream of requests that is answered before its end
 _CUT_S = 2.0  # what a call that has been cut gets to say so to its client
 _DEADLINE_S: Final = 0.02  # a call that its client ends so shortly before its deadline has met that, by a clock ahead
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -150,6 +151,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with self._call(method, context):
                 return await behavior(request, context)
 
+        async def answer_upload(requests: Any, context: Context) -> Any:
+            async with self._call(method, context), _read_to_the_end(requests):
+                return await behavior(requests, context)
+
         # Writes by itself and is no generator: however a call ends, a stalled write included, it ends in here.
         async def answer_stream(request: Any, context: Context) -> None:
             assert inspect.isasyncgenfunction(behavior), f"{method} must be an async generator"
@@ -159,9 +164,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         async for response in responses:
                             await guard.write(context, response)
 
+        answer_unary = answer_upload if handler.request_streaming else answer_once
         make_handler = getattr(grpc, f"{shape}_rpc_method_handler")
         wrapped: grpc.RpcMethodHandler[Any, Any] = make_handler(
-            answer_stream if handler.response_streaming else answer_once,
+            answer_stream if handler.response_streaming else answer_unary,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
@@ -215,6 +221,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         remaining_s = context.time_remaining()
         is_late = remaining_s is not None and remaining_s < _DEADLINE_S
         return _Ending("DEADLINE_EXCEEDED" if is_late else "CANCELLED")
+
+
+@asynccontextmanager
+async def _read_to_the_end(requests: AsyncIterator[Any]) -> AsyncIterator[None]:
+    """Read what an upload still brings after its answer or its error is known, and only then let the call end.
+
+    A client on `grpc.aio` that is writing while the status arrives may report INTERNAL instead of it (grpcio's issue
+    36066), so a picture that is refused, or that another caller's encode has just answered, would look like our fault.
+    """
+    try:
+        yield
+    except Exception:
+        await _skip_rest(requests)
+        raise
+    await _skip_rest(requests)
+
+
+async def _skip_rest(requests: AsyncIterator[Any]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_REST_S):
+            async for _ in requests:
+                pass
 
 
 def told(error: Exception, method: str) -> ServiceError:

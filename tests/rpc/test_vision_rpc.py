@@ -219,6 +219,26 @@ async def test_messages_out_of_place_and_bad_fields_are_refused(tmp_path: Path) 
                 assert (type(error), error.field) == (InvalidRequest, field)
 
 
+async def test_an_upload_that_is_answered_before_its_end_gets_that_answer(tmp_path: Path) -> None:
+    async with replica(tmp_path) as at:
+        await at.encode(PICTURE)
+        for _ in range(200):  # without the reading of the rest, one in a hundred is told INTERNAL
+            error = await error_of(at.encode(PICTURE, chunk_bytes=1000, max_tiles=0))
+            assert (type(error), error.field) == (InvalidRequest, "header.options.max_tiles")
+            assert (await at.encode(PICTURE, chunk_bytes=1000)).cache_tier == CACHE_TIER_LOCAL
+
+
+async def test_a_refused_upload_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
+    never = asyncio.Event()
+
+    async def messages() -> AsyncIterator[EncodeRequest]:
+        yield EncodeRequest(header=EncodeHeader(media_digest="A" * 64))
+        await never.wait()
+
+    async with replica(tmp_path) as at:
+        assert isinstance(await error_of(at.stub.Encode(messages(), wait_for_ready=True)), InvalidRequest)
+
+
 async def test_a_handle_that_was_made_up_changed_or_is_over_opens_nothing(tmp_path: Path) -> None:
     async with replica(tmp_path, embedding_ttl_s=1) as at:
         handle: EmbeddingHandle = (await at.encode(PICTURE)).handle
