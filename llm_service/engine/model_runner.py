@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -72,27 +72,21 @@ class ModelRunner:
     def _forward(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         device = self._decoder.device
         torch.get_num_threads()  # tells OpenMP in this thread, too, how many there may be: native kernels do not ask
-        index = _BatchIndex.of(batch)
-        # As the reference rotates: a prompt with its whole length, a later token with the length when it came. So
-        # neither chunks nor a recomputation change anything.
-        prompts = np.array([t.seq.num_prompt for t in batch], np.int64).repeat(index.counts)
-        lengths = torch.from_numpy(np.maximum(prompts, index.positions + 1))
-        rotary = torch.from_numpy(index.positions)
+        flat = _FlatBatch.of(batch, self._cache.block_size)
+        rotary, lengths = flat.positions, flat.lengths
         if any(t.seq.request.positions is not None for t in batch):
             rotary, lengths = _variable_positions(batch, rotary, lengths)
         hidden: torch.Tensor = self._decoder(
-            self._input_embeddings(batch),
+            self._input_embeddings(batch, flat.ids),
             rotary.to(device),
             lengths.to(device),
-            self._layout(batch, index),
+            flat.layout.to(device),
             self._cache,
             self._rope,
         )
         return hidden
 
-    def _input_embeddings(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
-        parts = [t.seq.token_ids[t.seq.num_computed : t.seq.num_computed + t.count] for t in batch]
-        ids = torch.from_numpy(np.fromiter(chain.from_iterable(parts), np.int64))
+    def _input_embeddings(self, batch: Rows[ScheduledTokens], ids: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self._decoder.embed(ids.to(self._decoder.device))
         row = 0
         for tokens in batch:
@@ -101,34 +95,54 @@ class ModelRunner:
             row += tokens.count
         return hidden
 
-    def _layout(self, batch: Rows[ScheduledTokens], index: "_BatchIndex") -> BatchLayout:
-        size = self._cache.block_size
-        num_blocks = -(-index.lengths // size)
-        tables = [t.seq.block_table[:count] for t, count in zip(batch, num_blocks.tolist(), strict=True)]
-        blocks = np.fromiter(chain.from_iterable(tables), np.int64)
-        first_blocks = num_blocks.cumsum() - num_blocks
-        slots = blocks[first_blocks.repeat(index.counts) + index.positions // size] * size + index.positions % size
-        own_blocks = torch.split(torch.from_numpy(blocks), num_blocks.tolist())
-        ends = index.counts.cumsum()
-        rows = zip((ends - index.counts).tolist(), ends.tolist(), index.lengths.tolist(), own_blocks, strict=True)
-        spans = tuple(Span(start, end, length, own) for start, end, length, own in rows)
-        return BatchLayout(spans, torch.from_numpy(slots)).to(self._decoder.device)
-
 
 @dataclass(frozen=True, slots=True)
-class _BatchIndex:
-    """A batch in numbers, int64: tokens and length after it by sequence, and the position of every token."""
+class _FlatBatch:
+    """A batch's tokens one after the other: which, where, and in sequences how long; int64 [tokens] all three.
 
-    counts: np.ndarray
-    lengths: np.ndarray
-    positions: np.ndarray
+    As the reference rotates: a prompt with its whole length, a later token with the length when it came. So neither
+    chunks nor a recomputation change anything.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    layout: BatchLayout
 
     @classmethod
-    def of(cls, batch: Rows[ScheduledTokens]) -> "_BatchIndex":
-        counts = np.array([t.count for t in batch], np.int64)
-        firsts = np.array([t.seq.num_computed for t in batch], np.int64)
-        starts = counts.cumsum() - counts
-        return cls(counts, firsts + counts, (firsts - starts).repeat(counts) + np.arange(counts.sum()))
+    def of(cls, batch: Rows[ScheduledTokens], block_size: int) -> "_FlatBatch":
+        # Lists: for the few tokens of a step that decodes, each operation on arrays would take longer than all of this.
+        ids: list[int] = []
+        positions: list[int] = []
+        lengths: list[int] = []
+        slots: list[int] = []
+        blocks: list[int] = []
+        sizes: list[int] = []
+        for tokens in batch:
+            seq, first = tokens.seq, tokens.seq.num_computed
+            end, num_prompt = first + tokens.count, seq.num_prompt
+            ids += seq.token_ids[first:end]
+            positions += range(first, end)
+            lengths += [num_prompt] * (min(end, num_prompt) - first)
+            lengths += range(max(first, num_prompt) + 1, end + 1)
+            own = seq.block_table[: -(-end // block_size)]
+            for index in range(first // block_size, len(own)):
+                start = index * block_size
+                slot = (own[index] - index) * block_size
+                slots += range(slot + max(first, start), slot + min(end, start + block_size))
+            blocks += own
+            sizes.append(len(own))
+        flat = torch.from_numpy(np.array((ids, positions, lengths, slots), np.int64))
+        tables = torch.split(torch.from_numpy(np.array(blocks, np.int64)), sizes)
+        return cls(flat[0], flat[1], flat[2], BatchLayout(_spans(batch, tables), flat[3]))
+
+
+def _spans(batch: Rows[ScheduledTokens], tables: Rows[torch.Tensor]) -> tuple[Span, ...]:
+    ends = accumulate(tokens.count for tokens in batch)
+    return tuple(
+        Span(end - tokens.count, end, tokens.seq.num_computed + tokens.count, own)
+        for tokens, end, own in zip(batch, ends, tables, strict=True)
+    )
 
 
 def splice_embeddings(hidden: torch.Tensor, seq: Sequence, start: int) -> None:

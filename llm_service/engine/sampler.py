@@ -6,13 +6,12 @@ Order of the steps: constraint, repetition penalty, temperature, top-k, top-p, m
 import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Final
 
+import numpy as np
 import torch
 
 from llm_service.engine.sequence import Probe, SamplingParams, Sequence, mixed
-
-_WINDOW: Final = 1024
+from shared.native.library import kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +42,14 @@ def sample(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[int | None]:
 
 def largest(logits: torch.Tensor) -> tuple[list[float], list[int]]:
     """Return each row's largest number, NaN where it holds one, and where that is first, for [rows, vocab]."""
-    size = logits.shape[1]
-    if logits.device.type != "cpu" or size < 2 * _WINDOW:
+    native = kernels()
+    if native is None or logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.stride(1) != 1:
         best = logits.max(dim=-1)
         return best.values.tolist(), best.indices.tolist()
-    # Largest numbers alone are found ten times as fast as their places: places are sought in one window of each row.
-    whole = logits[:, : size // _WINDOW * _WINDOW].view(len(logits), -1, _WINDOW)
-    peaks = torch.cat((whole.amax(dim=-1), logits[:, -_WINDOW:].amax(dim=-1, keepdim=True)), dim=1)
-    best = peaks.max(dim=-1)
-    starts = (best.indices * _WINDOW).clamp_(max=size - _WINDOW)
-    windows = logits.gather(1, starts[:, None] + torch.arange(_WINDOW))
-    return best.values.tolist(), (starts + windows.argmax(dim=-1)).tolist()
+    rows, size = logits.shape
+    values, places = np.empty(rows, np.float32), np.empty(rows, np.int64)
+    native.largest(logits.data_ptr(), logits.stride(0), rows, size, values.ctypes.data, places.ctypes.data)
+    return values.tolist(), places.tolist()
 
 
 def penalise(logits: torch.Tensor, generated: list[int], penalty: float) -> None:

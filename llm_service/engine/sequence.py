@@ -152,11 +152,11 @@ Output = TokenOutput | ProbeOutput | Failure | Wanted
 class Sequence:
     """The engine's own state of a request's candidate. Belongs to the model thread, but for `deliver`.
 
-    The first `num_computed` of `token_ids` have their keys and values in the cache, in the blocks of `block_table`;
-    `num_cached` of those were there before it came. `block_keys` name what is in full blocks, as far as anybody asked.
-    `embeddings` are those of the placeholders, None where they are not at hand; while it waits for some it
-    `is_fetching`. `forks` are the other candidates, for as long as they wait for this one to read the prompt; `family`
-    are all candidates, this one included.
+    The first `num_prompt` of `token_ids` are the prompt. The first `num_computed` have their keys and values in the
+    cache, in the blocks of `block_table`; `num_cached` of those were there before it came. `block_keys` name what is in
+    full blocks, as far as anybody asked. `embeddings` are those of the placeholders, None where they are not at hand;
+    while it waits for some it `is_fetching`. `forks` are the other candidates, for as long as they wait for this one to
+    read the prompt; `family` are all candidates, this one included.
     """
 
     request: EngineRequest
@@ -171,6 +171,7 @@ class Sequence:
     num_cached: int | None = None
     embeddings: list[torch.Tensor | None] = field(init=False)
     is_fetching: bool = False
+    num_prompt: int = field(init=False)
     seed: int = field(init=False)
     constraint: Constraint | None = field(init=False)
     forks: list["Sequence"] = field(default_factory=list)
@@ -182,15 +183,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt.ids, *self.request.generated]
+        self.num_prompt = len(self.request.prompt.ids)
         self.drop_embeddings()
         seed = self.request.params.seed
         self.seed = _candidate_seed(secrets.randbits(64) if seed is None else seed, self.candidate)
         self.constraint = self.request.constraint.copy() if self.request.constraint else None
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt.ids)
 
     @property
     def num_pending(self) -> int:

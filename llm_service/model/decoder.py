@@ -155,8 +155,7 @@ class Decoder(nn.Module):
         rotation = rope.rotation_in(hidden.dtype, positions, lengths)
         native = self._native_over(cache)
         if native is not None and native.take(layout):
-            last: torch.Tensor = self.norm(native.forward(hidden, rotation, layout))
-            return last
+            return native.forward(hidden, rotation, layout)
         for device, layers in self._runs:
             hidden, placed = hidden.to(device), rotation.to(device)
             step = attention_for(device, hidden.dtype, cache.block_size)(self.config, cache, layout.to(device))
@@ -168,7 +167,7 @@ class Decoder(nn.Module):
     def _native_over(self, cache: KVCache) -> NativeLayers | None:
         """Return what computes all layers at once; the layers do not change once a step has been computed."""
         if self._native is None or self._native[0] is not cache:
-            self._native = cache, NativeLayers.of(self.config, cache, self._layers)
+            self._native = cache, NativeLayers.of(self.config, cache, self._layers, self.norm.weight)
         return self._native[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""All layers of a decoder in one native call: for steps in which each of a few sequences has a single new token."""
+"""All layers of a decoder and its last norm in one native call, for steps of a single new token of a few sequences."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -20,10 +20,13 @@ _ADDRESSES: Final = 11  # of a layer, in the order of `layers.c`
 
 
 class NativeLayers:
-    """A decoder's layers over one cache. What it computes is what the layers compute one by one, bit for bit."""
+    """A decoder's layers over one cache, and its last norm. They compute what they compute one by one, bit for bit."""
 
-    def __init__(self, native: Kernels, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, native: Kernels, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module], norm: torch.Tensor
+    ) -> None:
         self._native, self._config = native, config
+        self._norm = norm
         self._cache = cache  # keeps the memory
         addresses = [_addresses_of(layer, cache, index) for index, layer in enumerate(layers)]
         self._layers = np.array(addresses, np.int64)
@@ -36,32 +39,36 @@ class NativeLayers:
         )
 
     @classmethod
-    def of(cls, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module]) -> Self | None:
-        """Return the layers for a cache, or None where something in them is not for the native kernels."""
+    def of(cls, config: DecoderConfig, cache: KVCache, layers: Sequence[nn.Module], norm: torch.Tensor) -> Self | None:
+        """Return the layers for a cache, or None where something in them is not for the native kernels.
+
+        `norm` [hidden] is the weight of the norm behind them.
+        """
         native = kernels()
         if native is None or not can_attend_natively(config, cache):
             return None
         modules = list(chain.from_iterable(layer.modules() for layer in layers))
-        weights = chain.from_iterable(module.parameters(recurse=False) for module in modules)
+        weights = chain((norm,), *(module.parameters(recurse=False) for module in modules))
         plain = any(isinstance(module, nn.Linear) for module in modules)
         packed = [module for module in modules if isinstance(module, PackedLinear)]
         fits = all(weight.dtype == torch.bfloat16 and weight.device.type == "cpu" for weight in weights)
         if plain or not fits or len(packed) != 4 * len(layers) or not all(one.has_kernel for one in packed):
             return None
-        return cls(native, config, cache, layers)
+        return cls(native, config, cache, layers, norm)
 
     def take(self, layout: BatchLayout) -> bool:
         """Whether `forward` can compute a batch."""
         return len(layout.spans) <= MOST_ROWS and all(span.count == 1 for span in layout.spans)
 
     def forward(self, hidden: torch.Tensor, rotation: Rotation, layout: BatchLayout) -> torch.Tensor:
-        """Return [tokens, hidden] of [tokens, hidden], which is written over; the cache is written to, too."""
+        """Return final hidden states for [tokens, hidden], which are written over; the cache is written to, too."""
         config, known = self._config, KnownTokens.of(layout.spans)
         self._native.decode_layers(
             hidden.data_ptr(),
             len(layout.spans),
             self._layers.ctypes.data,
             len(self._layers),
+            self._norm.data_ptr(),
             self._sizes.ctypes.data,
             config.norm_eps,
             config.head_dim**-0.5,

@@ -11,7 +11,7 @@
 #include "tiles.h"
 
 /* Fewer numbers than this are done before other threads have been woken up. */
-enum { WORTH_SHARING = 1 << 15, WORTH_SHARING_CACHE = 1 << 19 };
+enum { WORTH_SHARING = 1 << 15, WORTH_SHARING_CACHE = 1 << 19, WINDOW = 1 << 10 };
 
 /* outputs [rows, size] = round(round(inputs / sqrt(mean(inputs^2) + eps)) * weight) */
 void rms_norm(const bf16 *inputs, int64_t stride, const bf16 *weight, float eps, bf16 *outputs, int64_t rows,
@@ -71,6 +71,38 @@ void rotate(bf16 *states, int64_t stride, const bf16 *cosines, const bf16 *sines
                 _mm256_mask_storeu_epi16(second + at, mask, rounded(_mm512_add_ps(own_b, other_b)));
             }
         }
+    }
+}
+
+/* Of each row of logits [rows, size] the largest number, NaN where it holds one, and where that first is (0 for NaN).
+ *
+ * Places are sought in one window of a row alone: numbers without their places are compared twice as fast. */
+void largest(const float *logits, int64_t stride, int64_t rows, int64_t size, float *values, int64_t *places) {
+#pragma omp parallel for if (rows * size >= WORTH_SHARING_CACHE)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = logits + row * stride;
+        const __m512 none = _mm512_set1_ps(-INFINITY);
+        __mmask16 no_numbers = 0;
+        float value = -INFINITY;
+        int64_t place = 0;
+        for (int64_t start = 0; start < size; start += WINDOW) {
+            const int64_t end = start + WINDOW < size ? start + WINDOW : size;
+            __m512 peaks = none;
+            for (int64_t at = start; at < end; at += LANES) {
+                const __m512 numbers = _mm512_mask_loadu_ps(none, lanes_of(end - at), from + at);
+                no_numbers |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+                peaks = _mm512_max_ps(peaks, numbers);
+            }
+            const float peak = _mm512_reduce_max_ps(peaks);
+            if (peak > value) {
+                value = peak;
+                place = start;
+            }
+        }
+        while (!no_numbers && from[place] != value)
+            place++;
+        values[row] = no_numbers ? NAN : value;
+        places[row] = no_numbers ? 0 : place;
     }
 }
 

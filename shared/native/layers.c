@@ -23,11 +23,11 @@ typedef struct {
 
 static int64_t aligned(int64_t numbers) { return (numbers + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
-/* Take `hidden` [rows, hidden size] through the layers, in place. Row i is the newest token of a sequence of lengths[i],
+/* Take `hidden` [rows, hidden size] through the layers and the norm behind them, in place. Row i is the newest token of a sequence of lengths[i],
  * stored at slots[i]; the rest is as for `attend_to_cache` and `rotate`. Returns 1 where memory is out: what is in
  * `hidden` is then of no use. */
-int decode_layers(bf16 *hidden, int rows, const layer *layers, int64_t num_layers, const sizes *of, float eps, float scale,
-                  const bf16 *cosines, const bf16 *sines, const int64_t *slots, const int64_t *lengths,
+int decode_layers(bf16 *hidden, int rows, const layer *layers, int64_t num_layers, const bf16 *last_norm, const sizes *of,
+                  float eps, float scale, const bf16 *cosines, const bf16 *sines, const int64_t *slots, const int64_t *lengths,
                   const int64_t *table_starts, const int64_t *tables) {
     const int64_t query_size = of->heads * of->head_dim, known_size = 2 * of->kv_heads * of->head_dim;
     const int64_t qkv_size = query_size + known_size;
@@ -60,6 +60,7 @@ int decode_layers(bf16 *hidden, int rows, const layer *layers, int64_t num_layer
         few_rows_linear(activated, of->intermediate, own->down, own->down_bias, hidden, of->hidden, hidden, of->hidden,
                         rows, (int)of->hidden, (int)of->intermediate);
     }
+    rms_norm(hidden, of->hidden, last_norm, eps, hidden, rows, of->hidden);
     free(scratch);
     return failed;
 }

@@ -32,6 +32,7 @@ class Kernels:
     rms_norm: Function
     silu_and_multiply: Function
     rotate: Function
+    largest: Function
     attend_to_cache: Function
     attend: Function
     decode_layers: Function
@@ -48,6 +49,7 @@ _ARGUMENTS: Final = {
     "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG),
     "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG),
     "rotate": (_ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG),
+    "largest": (_ADDRESS, _LONG, _LONG, _LONG, _ADDRESS, _ADDRESS),
     "attend_to_cache": (
         *(_ADDRESS, _LONG, _ADDRESS),  # queries, cache
         *(_ADDRESS, _ADDRESS, _ADDRESS, _LONG),  # lengths, starts, tables, how many
@@ -64,7 +66,7 @@ _ARGUMENTS: Final = {
     ),
     "decode_layers": (
         *(_ADDRESS, _INT),  # hidden states, rows
-        *(_ADDRESS, _LONG, _ADDRESS),  # layers, how many, sizes
+        *(_ADDRESS, _LONG, _ADDRESS, _ADDRESS),  # layers, how many, the norm behind them, sizes
         *(_FLOAT, _FLOAT),  # epsilon of norms, scale
         *(_ADDRESS, _ADDRESS),  # cosines, sines
         *(_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS),  # slots, lengths, starts, tables

@@ -81,7 +81,7 @@ def test_layers_at_once_compute_what_they_compute_one_by_one(which: int, lengths
 
 def test_they_take_single_tokens_of_a_few_sequences() -> None:
     decoder = DECODERS[0]
-    native = NativeLayers.of(decoder.config, filled_cache(decoder.config, 4), decoder._layers)
+    native = NativeLayers.of(decoder.config, filled_cache(decoder.config, 4), decoder._layers, decoder.norm.weight)
     assert native is not None
     assert native.take(layout_of([(1, 5)] * 32, scattered=False)[0])
     assert not native.take(layout_of([(1, 5)] * 33, scattered=False)[0])
@@ -91,10 +91,10 @@ def test_they_take_single_tokens_of_a_few_sequences() -> None:
 def test_they_are_not_for_other_types_other_shapes_and_matrices_that_are_not_packed() -> None:
     decoder = DECODERS[0]
     other_type = KVCache(decoder.config, 1, BLOCK, torch.float32, CPU)
-    assert NativeLayers.of(decoder.config, other_type, decoder._layers) is None
+    assert NativeLayers.of(decoder.config, other_type, decoder._layers, decoder.norm.weight) is None
     cache = filled_cache(decoder.config, 1)
-    assert NativeLayers.of(replace(decoder.config, head_dim=40), cache, decoder._layers) is None
-    assert NativeLayers.of(PLAIN, cache, Decoder(PLAIN).bfloat16()._layers) is None
+    assert NativeLayers.of(replace(decoder.config, head_dim=40), cache, decoder._layers, decoder.norm.weight) is None
+    assert NativeLayers.of(PLAIN, cache, Decoder(PLAIN).bfloat16()._layers, decoder.norm.weight) is None
 
 
 def test_another_cache_is_written_to_where_one_comes() -> None:
