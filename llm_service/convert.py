@@ -199,7 +199,7 @@ def _visual_stride_of(config: generation_pb2.GenerationConfig) -> int:
 def _check_search(options: GenerationOptions) -> None:
     """Refuse what a beam search cannot do."""
     sampling = options.sampling
-    plain = sampling.is_greedy and sampling.repetition_penalty == 1.0
+    plain = sampling.takes_likeliest
     _require(plain, "num_beams", "Beam search takes neither temperature nor repetition_penalty.")
     alone = options.num_candidates == 1 and not options.tells_logprobs
     _require(alone, "num_beams", "Beam search takes neither candidate_count nor top_logprobs.")

@@ -40,8 +40,18 @@ class FewRowsMatrix:
         self, inputs: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return [rows, outputs] for [rows, inputs]: the product, plus `bias` [outputs], plus `added`, rounded once."""
-        rows, size = inputs.shape[0], self._num_outputs
-        outputs = torch.empty((rows, size), dtype=torch.bfloat16)
+        outputs = torch.empty((inputs.shape[0], self._num_outputs), dtype=torch.bfloat16)
+        self.write(inputs, outputs, bias, added)
+        return outputs
+
+    def write(
+        self,
+        inputs: torch.Tensor,
+        outputs: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+    ) -> None:
+        """Write what `product` returns to bfloat16 `outputs` [rows, outputs], of which rows may lie apart."""
         self._kernel(
             inputs.data_ptr(),
             inputs.stride(0),
@@ -50,12 +60,11 @@ class FewRowsMatrix:
             None if added is None else added.data_ptr(),
             0 if added is None else added.stride(0),
             outputs.data_ptr(),
-            size,
-            rows,
-            size,
+            outputs.stride(0),
+            inputs.shape[0],
+            self._num_outputs,
             self._num_inputs,
         )
-        return outputs
 
 
 def _is_in_order(packed: torch.Tensor, matrix: torch.Tensor) -> bool:

@@ -65,6 +65,13 @@ class PackedLinear(nn.Module):
         )
         return outputs
 
+    def write(self, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Write what `forward` returns to `outputs`, of which rows may lie apart."""
+        if self._few_rows is not None and self._few_rows.takes(inputs):
+            self._few_rows.write(inputs, outputs, self.bias)
+        else:
+            outputs.copy_(self(inputs))
+
     def added(self, inputs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return the layer's outputs plus `other` of their shape, rounded once. Not for a layer with a GELU."""
         if self._few_rows is not None and self._few_rows.takes(inputs):

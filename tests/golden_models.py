@@ -100,7 +100,7 @@ def prompt_logits(decoder: Decoder, prompt: PromptTokens, embeddings: tuple[torc
     positions = torch.arange(count)
     layout = BatchLayout((Span(0, count, count, torch.arange(cache.num_blocks)),), positions)
     rope = Rope(decoder.config.rope, decoder.config.head_dim, CPU)
-    return decoder.logits(decoder(hidden, positions, torch.full((count,), count), layout, cache, rope))
+    return decoder.logits(decoder(hidden, positions, torch.full((count,), count), layout, cache, rope)).float()
 
 
 @cache

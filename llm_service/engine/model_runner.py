@@ -55,7 +55,7 @@ class ModelRunner:
     @torch.inference_mode()
     def prompt_logits(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
         """Compute the batch; return float32 logits [tokens, vocab] of every position. For tests."""
-        return self._decoder.logits(self._forward(batch))
+        return self._decoder.logits(self._forward(batch)).float()
 
     def _probe(self, batch: Rows[ScheduledTokens], hidden: torch.Tensor) -> None:
         """Note what probes find in the tokens of this batch."""
@@ -66,7 +66,7 @@ class ModelRunner:
                 here = [position for position in asked.positions if first <= position < first + tokens.count]
                 if here:
                     logits = self._decoder.logits(hidden[[row + position - first for position in here]])
-                    tokens.seq.probed |= zip(here, probe(logits, asked), strict=True)
+                    tokens.seq.probed |= zip(here, probe(logits.float(), asked), strict=True)
             row += tokens.count
 
     def _forward(self, batch: Rows[ScheduledTokens]) -> torch.Tensor:
@@ -160,7 +160,7 @@ def splice_embeddings(hidden: torch.Tensor, seq: Sequence, start: int) -> None:
 def _sampled(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[SampledToken]:
     """Return a token per row of `logits` [rows, vocab]. Log-probabilities are of the logits before sampling."""
     asking = [row for row, seq in enumerate(seqs) if seq.request.params.top_logprobs is not None]
-    scores = logits[asking].log_softmax(dim=-1) if asking else None
+    scores = logits[asking].float().log_softmax(dim=-1) if asking else None
     tokens = sample(logits, seqs)
     if scores is None:
         return list(map(SampledToken, tokens))

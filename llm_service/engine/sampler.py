@@ -6,12 +6,15 @@ Order of the steps: constraint, repetition penalty, temperature, top-k, top-p, m
 import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 
 from llm_service.engine.sequence import Probe, SamplingParams, Sequence, mixed
 from shared.native.library import kernels
+
+_NATIVE: Final = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,13 @@ class Logprobs:
 
 
 def sample(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[int | None]:
-    """Return a token per row of `logits`, float32 [rows, vocab]; None where the row holds NaN. Changes `logits`.
+    """Return a token per row of `logits` [rows, vocab]; None where the row holds NaN. May change `logits`.
 
-    What is drawn depends on the sequence's seed and on how much it has said: neither neighbours nor a repeated step
-    change it. Raises what a constraint raises.
+    Whatever their type, they are computed with in float32. What is drawn depends on the sequence's seed and on how much
+    it has said: neither neighbours nor a repeated step change it. Raises what a constraint raises.
     """
+    if any(seq.constraint is not None or not seq.request.params.takes_likeliest for seq in seqs):
+        logits = logits.float()
     for row, seq in enumerate(seqs):
         if seq.constraint is not None:
             logits[row].masked_fill_(~seq.constraint.allowed().to(logits.device), -torch.inf)
@@ -43,12 +48,13 @@ def sample(logits: torch.Tensor, seqs: Rows[Sequence]) -> list[int | None]:
 def largest(logits: torch.Tensor) -> tuple[list[float], list[int]]:
     """Return each row's largest number, NaN where it holds one, and where that is first, for [rows, vocab]."""
     native = kernels()
-    if native is None or logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.stride(1) != 1:
+    if native is None or logits.device.type != "cpu" or logits.dtype not in _NATIVE or logits.stride(1) != 1:
         best = logits.max(dim=-1)
         return best.values.tolist(), best.indices.tolist()
     rows, size = logits.shape
     values, places = np.empty(rows, np.float32), np.empty(rows, np.int64)
-    native.largest(logits.data_ptr(), logits.stride(0), rows, size, values.ctypes.data, places.ctypes.data)
+    is_wide = logits.dtype == torch.float32
+    native.largest(logits.data_ptr(), is_wide, logits.stride(0), rows, size, values.ctypes.data, places.ctypes.data)
     return values.tolist(), places.tolist()
 
 

@@ -67,6 +67,11 @@ class SamplingParams:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token of the largest logit is always taken, whatever was said before."""
+        return self.is_greedy and self.repetition_penalty == 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:

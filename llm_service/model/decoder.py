@@ -171,9 +171,9 @@ class Decoder(nn.Module):
         return self._native[1]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [rows, vocab] of final hidden states [rows, hidden]."""
-        scores: torch.Tensor = self.head(hidden)
-        return scores.float()
+        """Return logits [rows, vocab] of final hidden states [rows, hidden], of their type."""
+        logits: torch.Tensor = self.head(hidden)
+        return logits
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:

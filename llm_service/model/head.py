@@ -49,10 +49,11 @@ class PackedHead(nn.Module):
             self._scratch = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 [rows, vocab] for [rows, hidden size]."""
-        logits = torch.empty((len(hidden), self._vocab_size), dtype=torch.float32)
+        """Return bfloat16 [rows, vocab] for [rows, hidden size]."""
+        logits = torch.empty((len(hidden), self._vocab_size), dtype=torch.bfloat16)
         for part, own in zip(self.parts, torch.split(logits, self._sizes, dim=1), strict=True):
-            own.copy_(part(hidden))
+            assert isinstance(part, PackedLinear)
+            part.write(hidden, own)
         return logits
 
 

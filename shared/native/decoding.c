@@ -74,22 +74,27 @@ void rotate(bf16 *states, int64_t stride, const bf16 *cosines, const bf16 *sines
     }
 }
 
-/* Of each row of logits [rows, size] the largest number, NaN where it holds one, and where that first is (0 for NaN).
+static __m512 loaded(const void *numbers, int wide, __mmask16 mask, int64_t at) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    return wide ? _mm512_mask_loadu_ps(none, mask, (const float *)numbers + at)
+                : _mm512_mask_mov_ps(none, mask, widened(mask, (const bf16 *)numbers + at));
+}
+
+/* Of each row of logits [rows, size], float32 where they are `wide`, the largest number, NaN where it holds one, and where that first is (0 for NaN).
  *
  * Places are sought in one window of a row alone: numbers without their places are compared twice as fast. */
-void largest(const float *logits, int64_t stride, int64_t rows, int64_t size, float *values, int64_t *places) {
+void largest(const void *logits, int wide, int64_t stride, int64_t rows, int64_t size, float *values, int64_t *places) {
 #pragma omp parallel for if (rows * size >= WORTH_SHARING_CACHE)
     for (int64_t row = 0; row < rows; row++) {
-        const float *from = logits + row * stride;
-        const __m512 none = _mm512_set1_ps(-INFINITY);
+        const void *from = (const char *)logits + row * stride * (int64_t)(wide ? sizeof(float) : sizeof(bf16));
         __mmask16 no_numbers = 0;
         float value = -INFINITY;
         int64_t place = 0;
         for (int64_t start = 0; start < size; start += WINDOW) {
             const int64_t end = start + WINDOW < size ? start + WINDOW : size;
-            __m512 peaks = none;
+            __m512 peaks = _mm512_set1_ps(-INFINITY);
             for (int64_t at = start; at < end; at += LANES) {
-                const __m512 numbers = _mm512_mask_loadu_ps(none, lanes_of(end - at), from + at);
+                const __m512 numbers = loaded(from, wide, lanes_of(end - at), at);
                 no_numbers |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
                 peaks = _mm512_max_ps(peaks, numbers);
             }
@@ -99,10 +104,14 @@ void largest(const float *logits, int64_t stride, int64_t rows, int64_t size, fl
                 place = start;
             }
         }
-        while (!no_numbers && from[place] != value)
-            place++;
         values[row] = no_numbers ? NAN : value;
-        places[row] = no_numbers ? 0 : place;
+        places[row] = 0;
+        for (__mmask16 here = 0; !no_numbers && !here; place += LANES) {
+            const __mmask16 mask = lanes_of(size - place);
+            here = _mm512_mask_cmp_ps_mask(mask, loaded(from, wide, mask, place), _mm512_set1_ps(value), _CMP_EQ_OQ);
+            if (here)
+                places[row] = place + __builtin_ctz(here);
+        }
     }
 }
 

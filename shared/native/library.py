@@ -49,7 +49,7 @@ _ARGUMENTS: Final = {
     "rms_norm": (_ADDRESS, _LONG, _ADDRESS, _FLOAT, _ADDRESS, _LONG, _LONG),
     "silu_and_multiply": (_ADDRESS, _ADDRESS, _LONG, _LONG),
     "rotate": (_ADDRESS, _LONG, _ADDRESS, _ADDRESS, _LONG, _LONG, _LONG),
-    "largest": (_ADDRESS, _LONG, _LONG, _LONG, _ADDRESS, _ADDRESS),
+    "largest": (_ADDRESS, _INT, _LONG, _LONG, _LONG, _ADDRESS, _ADDRESS),
     "attend_to_cache": (
         *(_ADDRESS, _LONG, _ADDRESS),  # queries, cache
         *(_ADDRESS, _ADDRESS, _ADDRESS, _LONG),  # lengths, starts, tables, how many

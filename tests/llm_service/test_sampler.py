@@ -89,15 +89,16 @@ def test_logprobs_are_the_chosen_tokens_and_the_likeliest_ones_best_first() -> N
     assert second.chosen == pytest.approx(scores[1, 0].item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 100, 2047, 2048, 5000, 9 * 1024])
-def test_the_largest_logit_is_found_where_it_is_first(size: int) -> None:
+def test_the_largest_logit_is_found_where_it_is_first(size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(size)
     # Few different numbers, so that the largest is there more than once; rows that are masked but for one token.
     rows = torch.randint(7, (6, size), generator=generator).float()
     masked = torch.full((3, size), -torch.inf)
     for row, place in enumerate((0, size // 2, size - 1)):
         masked[row, place] = -3.0
-    logits = torch.cat((rows, masked, torch.full((1, size), -torch.inf)))
+    logits = torch.cat((rows, masked, torch.full((1, size), -torch.inf))).to(dtype)
     best = logits.max(dim=-1)
     assert largest(logits) == (best.values.tolist(), best.indices.tolist())
 
