@@ -123,10 +123,14 @@ class Flights:
 
     async def _lead(self, wanted: Wanted, content: bytes, deadline: Deadline) -> Encoded:
         digest = wanted.key.digest
-        while (lease := await self._fleet.take(digest, Patience())) is None:
+        while (lease := await self._fleet.take(digest, patience := Patience())) is None:
             if found := await self._followed(wanted):
                 return found
         try:
+            # Another replica may have stored it, and given its lease back, since this one has looked.
+            if info := await self._caches.store.describe(wanted.key, patience):
+                await lease.finish()
+                return Encoded(wanted.key, info, CacheTier.STORE, coalesced=True)
             made = await self._maker.make(wanted, content, deadline)
         except BaseException as error:
             known = error if isinstance(error, ServiceError) else None

@@ -18,7 +18,7 @@ from shared.redis_link import RedisLink
 from shared.tasks import cancelled
 from tests.gateway.fakes_gateway import redis_of, valkey
 from tests.vision_service.memory_store import MemoryStore
-from tests.vision_service.test_embedding_encoder import SPEC, Bench, bench, picture, until
+from tests.vision_service.test_embedding_encoder import SPEC, Bench, Sent, bench, picture, until
 from vision_service.encoded import CacheTier
 from vision_service.fleet import CHANNEL, RedisFleet
 
@@ -83,6 +83,22 @@ async def test_a_call_on_another_replica_waits_for_the_announcement_and_needs_no
         assert (followed.tier, followed.coalesced) == (CacheTier.STORE, True)
         assert (await leading).key == followed.key
         assert encodes([other]) == 0
+
+
+async def test_what_another_replica_stored_while_the_bytes_came_is_not_made_again(redis: Redis) -> None:
+    async with replicas(redis, MemoryStore(), 2) as (one, other):
+
+        class Slow(Sent):
+            async def read(self) -> bytes:
+                await one.encode(picture())
+                while await redis.keys("ivl:encoding:*"):
+                    await asyncio.sleep(0.001)
+                return await super().read()
+
+        encoded = await other.encoder.encode(other.encoder.wanted(digest_of(picture()), SPEC), Slow(other, picture()))
+        assert (encoded.tier, encoded.coalesced) == (CacheTier.STORE, True)
+        assert encodes([one, other]) == 1
+        assert not await redis.keys("ivl:encoding:*")
 
 
 async def test_without_an_announcement_a_follower_looks_for_itself(redis: Redis) -> None:
