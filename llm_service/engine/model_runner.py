@@ -98,10 +98,10 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class _FlatBatch:
-    """A batch's tokens one after the other: which, where, and in sequences how long; int64 [tokens] all three.
+    """A batch's tokens one after the other: what they are, where they stand, and what length they are rotated for.
 
-    As the reference rotates: a prompt with its whole length, a later token with the length when it came. So neither
-    chunks nor a recomputation change anything.
+    All three are int64 [tokens]. As in the reference, that length is the whole prompt's for a prompt's tokens, and what
+    there was when it came for a later one; so neither chunks nor a recomputation change anything.
     """
 
     ids: torch.Tensor

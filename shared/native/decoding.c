@@ -74,13 +74,15 @@ void rotate(bf16 *states, int64_t stride, const bf16 *cosines, const bf16 *sines
     }
 }
 
+/* LANES numbers from `at` on, as float32; minus infinity where the mask has none. */
 static __m512 loaded(const void *numbers, int wide, __mmask16 mask, int64_t at) {
     const __m512 none = _mm512_set1_ps(-INFINITY);
     return wide ? _mm512_mask_loadu_ps(none, mask, (const float *)numbers + at)
                 : _mm512_mask_mov_ps(none, mask, widened(mask, (const bf16 *)numbers + at));
 }
 
-/* Of each row of logits [rows, size], float32 where they are `wide`, the largest number, NaN where it holds one, and where that first is (0 for NaN).
+/* Of each row of logits [rows, size], float32 where they are `wide`, the largest number and where that first is; NaN and
+ * 0 where it holds a NaN.
  *
  * Places are sought in one window of a row alone: numbers without their places are compared twice as fast. */
 void largest(const void *logits, int wide, int64_t stride, int64_t rows, int64_t size, float *values, int64_t *places) {
