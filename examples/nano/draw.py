@@ -46,8 +46,8 @@ def demos() -> list[Demo]:
             {"shapes.png": shapes},
             (
                 ("What is in the picture?", "a red star, a green heart and a blue circle"),
-                ("Where is the heart?", "bottom middle"),
-                ("And what colour is it?", "green"),
+                ("Where is the circle?", "top right"),
+                ("And what colour is it?", "blue"),
             ),
         ),
         Demo({"number.png": _writing("4821", "blue", 76, _PAPER)}, (("What number is this?", "4821"),)),

@@ -183,7 +183,7 @@ def test_the_demo_draws_the_same_pictures_every_time() -> None:
     for one, other in zip(demos(), demos(), strict=True):
         for name, scene in one.pictures.items():
             assert draw(scene).tobytes() == draw(other.pictures[name]).tobytes()
-    assert [answer for _, answer in next(iter(islice(demos(), 1))).dialogue][1:] == ["bottom middle", "green"]
+    assert [answer for _, answer in next(iter(islice(demos(), 1))).dialogue][1:] == ["top right", "blue"]
 
 
 def test_a_picture_that_allows_no_question_is_drawn_again() -> None:
