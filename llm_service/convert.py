@@ -198,8 +198,7 @@ def _visual_stride_of(config: generation_pb2.GenerationConfig) -> int:
 
 def _check_search(options: GenerationOptions) -> None:
     """Refuse what a beam search cannot do."""
-    sampling = options.sampling
-    plain = sampling.takes_likeliest
+    plain = options.sampling.takes_likeliest
     _require(plain, "num_beams", "Beam search takes neither temperature nor repetition_penalty.")
     alone = options.num_candidates == 1 and not options.tells_logprobs
     _require(alone, "num_beams", "Beam search takes neither candidate_count nor top_logprobs.")
